@@ -1,0 +1,8 @@
+"""Learning rates that transfer in depth, for any residual network in PyTorch."""
+
+from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.modules import Residual
+from torch_depthmup.rules import Rule
+from torch_depthmup.tracing import Branch, find_branches
+
+__all__ = ["Branch", "DepthMuPError", "Residual", "Rule", "find_branches"]

@@ -1,0 +1,1 @@
+"""Instruments: what a network's features do, beside what the theory predicts."""

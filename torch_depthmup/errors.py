@@ -1,0 +1,37 @@
+"""The exceptions of torch_depthmup: one family, so that one ``except`` catches all of it.
+
+Every message says what was found, where (module or parameter name), and what to write instead.
+"""
+
+__all__ = [
+    "AmbiguousBranchError",
+    "DepthMuPError",
+    "MeasurementError",
+    "OptimizerError",
+    "PlanError",
+    "TracingError",
+]
+
+
+class DepthMuPError(ValueError):
+    """Base class of all errors that torch_depthmup raises on purpose."""
+
+
+class TracingError(DepthMuPError):
+    """The model's residual branches cannot be read off one forward pass."""
+
+
+class AmbiguousBranchError(TracingError):
+    """An addition may or may not be residual; the message names the override to write."""
+
+
+class PlanError(DepthMuPError):
+    """Rule, base and model do not give a plan, or a plan does not fit a model."""
+
+
+class MeasurementError(DepthMuPError):
+    """A branch, measured after the act, is not the planned multiple of what it was."""
+
+
+class OptimizerError(DepthMuPError):
+    """An optimizer cannot be given the plan's multipliers."""

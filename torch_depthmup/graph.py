@@ -1,0 +1,371 @@
+"""One forward pass, recorded: the autograd graph as plain data, and the model left as it was.
+
+This room knows tensors, modules and autograd nodes, and no residual branches: `tracing.py` finds those in a `Graph`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import random
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
+
+from torch_depthmup.errors import TracingError
+
+__all__ = ["Addition", "Graph", "call", "record", "quiet", "unwrap", "normalise_name", "tensors_in"]
+
+ADDITIONS = frozenset(
+    f"{mark}{name}{mark}" if mark else name
+    for mark, names in {
+        "": ("add", "add_", "sub", "sub_", "subtract", "subtract_"),
+        "__": ("add", "radd", "iadd", "sub", "rsub", "isub"),
+    }.items()
+    for name in names
+)
+"""Names of the torch functions and tensor methods that add two tensors."""
+
+MATRIX = re.compile(
+    r"^_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|GroupedMm|ScaledMm|ScaledGroupedMm|\w*Conv(olution)?\w*)"
+    r"Backward\d*$"
+)
+RECURRENT = re.compile(r"(Rnn|Lstm|Gru)\w*Backward\d*$")
+SOURCE = re.compile(r"^(Embedding|EmbeddingBag|Index|IndexSelect|Gather)\w*Backward\d*$")
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Addition:
+    """An addition written in Python: which one in the order of the forward pass, and the nodes of its operands."""
+
+    ordinal: int
+    operands: tuple[int, int]
+    modules: tuple[str, ...]
+
+
+@dataclass
+class Graph:
+    """The autograd graph of one forward pass, in topological order: a node's inputs come before it.
+
+    ``inputs[i]`` holds the indices of node ``i``'s operands, ``-1`` for an operand without gradient. ``ancestors[i]`` is
+    a bit set that contains ``i`` itself. ``weights[i]`` names the parameters of a node that depends on nothing else;
+    a node with ``data[i]`` depends on the network's inputs. ``direct[i]``: its value is one parameter, at most viewed.
+    """
+
+    kind: list[str] = field(default_factory=list)
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    consumers: list[list[int]] = field(default_factory=list)
+    data: list[bool] = field(default_factory=list)
+    weights: list[frozenset[str]] = field(default_factory=list)
+    direct: list[bool] = field(default_factory=list)
+    is_weight_operation: list[bool] = field(default_factory=list)
+    is_scalar: list[bool] = field(default_factory=list)
+    ancestors: list[int] = field(default_factory=list)
+    additions: dict[int, Addition] = field(default_factory=dict)
+    outputs_of: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def reaches(self, node: int, ancestor: int) -> bool:
+        """Whether ``ancestor`` is ``node`` or one of its ancestors."""
+        return bool(self.ancestors[node] >> ancestor & 1)
+
+    def data_inputs(self, node: int) -> list[int]:
+        """The operands of a node that depend on the network's inputs."""
+        return [i for i in self.inputs[node] if i >= 0 and self.data[i]]
+
+    def weight_inputs(self, node: int) -> list[int]:
+        """The operands of a node that depend on parameters only."""
+        return [i for i in self.inputs[node] if i >= 0 and not self.data[i]]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under ``torch.compile``, DDP and DataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def normalise_name(name: str) -> str:
+    """A parameter's name without what wrappers and parametrizations add to it."""
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix).replace("." + prefix, ".")
+    return re.sub(r"\.?parametrizations\.([^.]+)\.original(\d*)$", _parametrized, name)
+
+
+def _parametrized(match: re.Match[str]) -> str:
+    dot = "." if match.group(0).startswith(".") else ""
+    return f"{dot}{match.group(1)}" + (f".{match.group(2)}" if match.group(2) else "")
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """The model on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, mappings, dataclasses and plain objects."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, tuple | list):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not inspect.isroutine(value):
+        items = vars(value).values()
+    for item in items:
+        yield from tensors_in(item, seen)
+
+
+def _fresh(value: Any) -> Any:
+    """Copies of the example inputs that autograd follows and in-place operations may overwrite."""
+    if isinstance(value, Tensor):
+        copy = value.detach()
+        return (copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy).clone()
+    if isinstance(value, Mapping):
+        return {key: _fresh(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_fresh, value))
+    return type(value)(map(_fresh, value)) if isinstance(value, tuple | list) else value
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
+    """Evaluation mode with gradients and without traces: mode, buffers, RNG and ``requires_grad`` come back as they were.
+
+    Args:
+        model: any module.
+        batch_statistics: normalise by the batch instead of by the running statistics, which at initialization are
+            those of no data at all and let deep networks overflow.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    python_state = random.getstate()
+    indices = [d.index for d in devices if d.index is not None and d.type == "cuda"]
+    try:
+        for module, _ in modes:
+            module.training = batch_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in frozen:
+            parameter.requires_grad_()
+        with (
+            torch.random.fork_rng(devices=indices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer
+            if saved is not None:
+                with torch.no_grad():
+                    buffer.copy_(saved)
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes additions with the nodes of their operands, and which module calls returned which nodes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        self.stack: list[str] = []
+        self.additions: list[tuple[Any, tuple[Any, Any], tuple[str, ...]]] = []
+        self.returned: list[tuple[str, list[Any]]] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ADDITIONS:
+            return func(*args, **kwargs)
+        operands = [*args, *(kwargs[key] for key in ("input", "other") if key in kwargs)][:2]
+        before = tuple(_producer(operand) for operand in operands)
+        result = func(*args, **kwargs)
+        # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
+        if len(before) == 2:
+            self.additions.append((_producer(result), before, tuple(self.stack)))  # type: ignore[arg-type]
+        return result
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.stack.append(self.names.get(id(module), ""))
+
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            self.stack.pop()
+            if id(module) in self.names:
+                nodes = [_producer(tensor) for tensor in tensors_in(output)]
+                self.returned.append((self.names[id(module)], nodes))
+
+        handles = [
+            module_hooks.register_module_forward_pre_hook(enter),
+            module_hooks.register_module_forward_hook(leave),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _producer(value: Any) -> Any:
+    """The autograd node that produced a tensor; for a leaf, the node that would accumulate its gradient."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return None
+    if value.grad_fn is not None:
+        return value.grad_fn
+    return torch.autograd.graph.get_gradient_edge(value).node
+
+
+def record(model: nn.Module, example_inputs: Any) -> Graph:
+    """Runs the model once and returns its autograd graph. The model stays as it was.
+
+    Args:
+        model: any module, on a real device or on ``meta``.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        TracingError: the forward pass fails, gives nothing differentiable, or hides its graph (gradient checkpointing
+            with re-entrant autograd).
+    """
+    recorder = _Recorder(model)
+    with quiet(model):
+        try:
+            with recorder.watching():
+                output = call(model, _fresh(example_inputs))
+        except TracingError:
+            raise
+        except Exception as error:
+            raise TracingError(
+                f"{type(model).__name__} failed on the example inputs: {type(error).__name__}: {error}. Pass inputs it "
+                "accepts: a tensor, a tuple of positional or a dict of keyword arguments"
+            ) from error
+        roots = [node for tensor in tensors_in(output) if (node := _producer(tensor)) is not None]
+        if not roots:
+            raise TracingError(
+                f"{type(model).__name__} returned no tensor that depends on its parameters with a gradient. Do not run "
+                "it under torch.no_grad inside forward, and return the output tensors"
+            )
+        return _build(_topological(roots), model, recorder)
+
+
+def _topological(roots: list[Any]) -> list[Any]:
+    """All nodes behind the roots, inputs first. Written without recursion, since deep networks are the point."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(root, False) for root in reversed(roots)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((next_, False) for next_, _ in node.next_functions if next_ is not None and next_ not in seen)
+    return order
+
+
+def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
+    index = {node: i for i, node in enumerate(order)}
+    names: dict[int, str] = {}
+    ndims: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        names[id(parameter)], ndims[name] = name, parameter.ndim
+    graph = Graph()
+    for i, node in enumerate(order):
+        kind = type(node).__name__
+        if kind == "CheckpointFunctionBackward":
+            raise TracingError(
+                "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
+                "model.gradient_checkpointing_disable(), or write use_reentrant=False"
+            )
+        inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in node.next_functions)
+        _append(graph, i, kind, inputs, node, names, ndims)
+    for ordinal, (result, operands, modules) in enumerate(recorder.additions):
+        if result in index and all(operand in index for operand in operands):
+            first, second = operands
+            graph.additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
+    for name, nodes in recorder.returned:
+        graph.outputs_of.setdefault(name, []).append([index[node] for node in nodes if node in index])
+    return graph
+
+
+def _append(
+    graph: Graph, i: int, kind: str, inputs: tuple[int, ...], node: Any, names: dict[int, str], ndims: dict[str, int]
+) -> None:
+    present = [j for j in inputs if j >= 0]
+    variable = getattr(node, "variable", None) if kind == "AccumulateGrad" else None
+    name = None if variable is None else names.get(id(variable))
+    weights = frozenset[str]().union(*(graph.weights[j] for j in present if not graph.data[j]))
+    # A matrix product whose other operand needs no gradient multiplies data that was made inside forward.
+    custom = issubclass(type(node), torch.autograd.function.BackwardCFunction)
+    matrix = bool(MATRIX.match(kind) or RECURRENT.search(kind)) or custom
+    matrices = [j for j in present if not graph.data[j] and any(ndims[w] >= 2 for w in graph.weights[j])]
+    constant = matrix and not custom and -1 in (inputs[:1] if "Conv" in kind or "Linear" in kind else inputs[-2:])
+    leaf_data = kind == "AccumulateGrad" and name is None
+    data = leaf_data or any(graph.data[j] for j in present) or bool(SOURCE.match(kind)) or constant
+    graph.kind.append(kind)
+    graph.inputs.append(inputs)
+    graph.consumers.append([])
+    graph.data.append(data)
+    graph.weights.append(frozenset() if data else weights | ({name} if name else frozenset()))
+    viewed = len(present) == 1 and len(inputs) == 1 and VIEW.match(kind) is not None and graph.direct[present[0]]
+    graph.direct.append(not data and (name is not None or viewed))
+    graph.is_weight_operation.append(data and matrix and bool(matrices))
+    graph.is_scalar.append(_is_scalar(node))
+    ancestors = 1 << i
+    for j in present:
+        ancestors |= graph.ancestors[j]
+        graph.consumers[j].append(i)
+    graph.ancestors.append(ancestors)
+
+
+def _is_scalar(node: Any) -> bool:
+    metadata = getattr(node, "_input_metadata", None)
+    return bool(metadata) and all(len(m.shape) == 0 for m in metadata if m is not None)
+
+
+VIEW = re.compile(
+    r"^(View|UnsafeView|ReshapeAlias|AsStrided|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Slice|Select|Split|"
+    r"SplitWithSizes|Unbind|Clone|ToCopy|Alias|MovedimInt|Narrow|Unflatten|Repeat|Chunk)(WithSizes)?Backward\d*$"
+)
+"""Kinds of nodes that rearrange one tensor, or copy it."""

@@ -1,0 +1,341 @@
+"""The scaling rules as data: exponents in, multipliers out. The only place where a rule's numbers live.
+
+A rule knows nothing of models, modules or tensors. It is asked for numbers with plain ones: a depth ratio
+``r_L = depth / base_depth``, a parameter's role in its branch, an optimizer family and, for width, the
+dimensions of a parameter beside those of its base.
+
+Sources: arXiv 2310.02244 (depth-muP), arXiv 2512.21075 (the depth-aware correction of the inner learning
+rate), arXiv 2505.01618 (CompleteP), arXiv 2203.03466 and the package ``mup`` (width).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch_depthmup.errors import OptimizerError, PlanError
+
+__all__ = [
+    "FAMILIES",
+    "RULES",
+    "UNIT",
+    "Family",
+    "Multipliers",
+    "Role",
+    "Rule",
+    "Width",
+    "depth_multipliers",
+    "fold_multipliers",
+    "get_family",
+    "get_rule",
+    "predicted_slopes",
+    "width_multipliers",
+]
+
+Role = Literal["outside", "inner", "outer"]
+"""Where a parameter stands: outside every branch, before the branch's outer weight operation, or from it on."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How branch multiplier and learning rates scale with the depth ratio ``r = depth / base_depth``.
+
+    The branch multiplier is ``m = r ** -alpha``. The learning rate of a parameter in a branch is multiplied by
+    ``r ** sgd`` (SGD) or ``r ** adam`` (optimizers that normalise the gradient's scale), and by a further
+    ``r ** correction`` where it stands before the branch's outer weight operation.
+
+    Args:
+        name: what the plan calls the rule.
+        alpha: exponent of the branch multiplier, finite and not negative.
+        correction: extra learning-rate exponent of the inner parameters; 1/2 restores what depth-muP lets vanish.
+        sgd: learning-rate exponent of SGD; ``None`` takes ``2 * alpha - 1``, which keeps the function's update O(1).
+        adam: learning-rate exponent of Adam-like optimizers; ``None`` takes ``alpha - 1``, likewise.
+        width: whether ``mup``'s width multipliers apply too.
+
+    Raises:
+        PlanError: an exponent is not a finite number, ``alpha`` is negative, or the name is empty.
+
+    Source: arXiv 2310.02244, section 4; arXiv 2512.21075, depth-aware learning rate; arXiv 2505.01618, table 1.
+    """
+
+    name: str
+    alpha: float = 0.5
+    correction: float = 0.0
+    sgd: float = field(default=None)  # type: ignore[assignment]  # None is resolved from alpha below
+    adam: float = field(default=None)  # type: ignore[assignment]
+    width: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise PlanError(f"a Rule needs a name, a non-empty string, not {self.name!r}")
+        if self.sgd is None:
+            object.__setattr__(self, "sgd", 2 * self.alpha - 1)
+        if self.adam is None:
+            object.__setattr__(self, "adam", self.alpha - 1)
+        for label in ("alpha", "correction", "sgd", "adam"):
+            value = getattr(self, label)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise PlanError(f"Rule({self.name!r}): {label} must be a finite number, not {value!r}")
+            object.__setattr__(self, label, float(value))
+        if self.alpha < 0:
+            raise PlanError(
+                f"Rule({self.name!r}): alpha must not be negative (branches would grow with depth): {self.alpha}"
+            )
+
+    @property
+    def scales_depth(self) -> bool:
+        """Whether any multiplier of the rule depends on depth."""
+        return any((self.alpha, self.correction, self.sgd, self.adam))
+
+    def branch_multiplier(self, depth_ratio: float) -> float:
+        """``m = r ** -alpha``, the factor on a branch's value at depth ratio ``r``."""
+        return _power(depth_ratio, -self.alpha)
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("sp", alpha=0.0, sgd=0.0, adam=0.0, width=False),
+        Rule("mup", alpha=0.0, sgd=0.0, adam=0.0),
+        Rule("depth-mup-uncorrected", alpha=0.5),
+        Rule("depth-mup", alpha=0.5, correction=0.5),
+        Rule("complete-p", alpha=1.0),
+    )
+}
+"""The rules that are known by name."""
+
+
+def get_rule(rule: str | Rule) -> Rule:
+    """The rule of that name, or the rule itself.
+
+    Raises:
+        PlanError: no rule has that name.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if rule not in RULES:
+        raise PlanError(f"no rule is called {rule!r}. Write one of {', '.join(map(repr, RULES))}, or a dm.Rule(...)")
+    return RULES[rule]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rules need to know of an optimizer: how its update depends on the gradient's and the weight's scale.
+
+    Args:
+        name: what plans and messages call the family.
+        normalised: whether the update is divided by the gradient's scale (Adam-like), or not (SGD-like).
+        decoupled: whether weight decay bypasses the gradient (AdamW), or is an L2 penalty in it.
+        foldable: whether a multiplier folded into a weight can be made up for exactly in its options.
+        width: which width rule holds: that of MuSGD, of MuAdam, the spectral one of Muon, or none.
+    """
+
+    name: str
+    normalised: bool
+    decoupled: bool
+    foldable: bool = True
+    width: Literal["sgd", "adam", "muon"] | None = "adam"
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sgd", normalised=False, decoupled=False, width="sgd"),
+        Family("adam", normalised=True, decoupled=False),
+        Family("adamw", normalised=True, decoupled=True),
+        Family("muon", normalised=True, decoupled=True, width="muon"),
+        # Adafactor's step is relative to the weight's own size down to a floor, and `mup` has no rule for it.
+        Family("adafactor", normalised=True, decoupled=True, foldable=False, width=None),
+    )
+}
+"""The optimizer families by name: ``sgd``, ``adam`` (L2 penalty), ``adamw`` (decoupled decay), ``muon``, ``adafactor``."""
+
+
+def get_family(family: str | Family) -> Family:
+    """The family of that name, or the family itself.
+
+    Raises:
+        OptimizerError: no family has that name.
+    """
+    if isinstance(family, Family):
+        return family
+    if family not in FAMILIES:
+        raise OptimizerError(f"no optimizer family is called {family!r}. Write one of {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[family]
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors on the learning rate, weight decay and eps that the user wrote. They compose by ``*``."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+    def __mul__(self, other: Multipliers) -> Multipliers:
+        return Multipliers(self.lr * other.lr, self.weight_decay * other.weight_decay, self.eps * other.eps)
+
+
+UNIT = Multipliers()
+"""The multipliers that change nothing."""
+
+
+def depth_multipliers(rule: Rule, family: Family, role: Role, depth_ratio: float) -> Multipliers:
+    """Multipliers in depth of a parameter, with an explicit branch multiplier in the forward pass.
+
+    Decoupled decay and the L2 penalty of SGD keep ``lr * weight_decay`` fixed. What enters a normalised update
+    together with the gradient - Adam's eps, and an L2 penalty under Adam - follows the gradient's scale, which in a
+    branch is that of the branch multiplier.
+
+    Args:
+        rule: the exponents.
+        family: the optimizer's family.
+        role: ``"outside"``, ``"inner"`` or ``"outer"``.
+        depth_ratio: ``depth / base_depth`` of the parameter's stream.
+
+    Source: arXiv 2310.02244, section 4; arXiv 2512.21075 (``correction``); arXiv 2505.01618 (eps).
+    """
+    if role == "outside" or not rule.scales_depth:
+        return UNIT
+    exponent = (rule.adam if family.normalised else rule.sgd) + (rule.correction if role == "inner" else 0.0)
+    gradient = _power(depth_ratio, -rule.alpha)
+    penalised = family.normalised and not family.decoupled
+    return Multipliers(
+        lr=_power(depth_ratio, exponent),
+        weight_decay=gradient if penalised else _power(depth_ratio, -exponent),
+        eps=gradient if family.normalised else 1.0,
+    )
+
+
+def fold_multipliers(family: Family, multiplier: float) -> Multipliers:
+    """Multipliers that make training a weight scaled by ``multiplier`` equal to training with it in the forward pass.
+
+    With ``W' = m W`` the gradient is ``g / m``. SGD needs ``lr * m**2``, an update that does not see the gradient's
+    scale needs ``lr * m``; an L2 penalty needs ``weight_decay / m**2``, decoupled decay keeps ``lr * weight_decay``;
+    eps follows the gradient.
+
+    Raises:
+        OptimizerError: the family cannot make up for a folded multiplier.
+
+    Source: the reparametrization ``W' = m W`` (abc-symmetry), arXiv 2011.14522, section 3.
+    """
+    if multiplier == 1.0:
+        return UNIT
+    if not family.foldable:
+        raise OptimizerError(
+            f"{family.name}: its step depends on the weight's own size, so a multiplier folded into a weight cannot be "
+            "made up for. Write dm.parametrize(..., how='wrap')"
+        )
+    if not family.normalised:
+        return Multipliers(lr=multiplier**2, weight_decay=multiplier**-2)
+    return Multipliers(
+        lr=multiplier, weight_decay=1 / multiplier if family.decoupled else multiplier**-2, eps=1 / multiplier
+    )
+
+
+@dataclass(frozen=True)
+class Width:
+    """A parameter's dimensions beside those of its base: the data of ``mup``'s ``InfShape``.
+
+    Args:
+        dims: the parameter's shape.
+        base: for each dimension its size in the base model where it is a width, or ``None`` where it is not.
+        main: index of the dimension whose ratio is the width multiplier; ``None`` where there is no width.
+    """
+
+    dims: tuple[int, ...]
+    base: tuple[int | None, ...]
+    main: int | None
+
+    @property
+    def infinite(self) -> int:
+        """How many dimensions are widths."""
+        return sum(base is not None for base in self.base)
+
+    @property
+    def multiplier(self) -> float:
+        """Ratio of the main dimension to its base; 1 without width."""
+        return 1.0 if self.main is None else self.ratio(self.main)
+
+    def ratio(self, index: int) -> float:
+        """Ratio of one dimension to its base; 1 where it is not a width."""
+        base = self.base[index]
+        return 1.0 if base is None else self.dims[index] / base
+
+
+def width_multipliers(
+    rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None
+) -> Multipliers:
+    """Multipliers in width: those of ``mup``'s MuSGD, MuAdam and MuAdamW; for Muon the spectral condition.
+
+    Muon's update has spectral norm ``lr`` times torch's own factor for the shape; what is missing to
+    ``sqrt(fan_out / fan_in)``, relative to the base, is the multiplier.
+
+    Args:
+        rule: whether width is scaled at all.
+        family: the optimizer's family.
+        width: the parameter's dimensions, ``None`` without width scaling.
+        adjust_lr: torch's ``Muon(adjust_lr_fn=...)``: ``None``, ``"original"`` or ``"match_rms_adamw"``.
+
+    Raises:
+        OptimizerError: more than two dimensions are widths, or the family has no width rule.
+
+    Source: arXiv 2203.03466, table 8, as in mup 1.0.0; arXiv 2310.17813, condition 1 (Muon).
+    """
+    if not rule.width or width is None or not width.infinite:
+        return UNIT
+    if width.infinite > 2:
+        raise OptimizerError(f"a parameter of shape {width.dims} has {width.infinite} widths; mup knows at most two")
+    if family.width is None:
+        if all(width.ratio(index) == 1.0 for index in range(len(width.dims))):
+            return UNIT
+        raise OptimizerError(f"{family.name} has no width rule. Keep the base as wide as the model, or write rule='sp'")
+    if family.width == "sgd":
+        matrix = width.infinite == 2
+        lr = width.ratio(0) / width.ratio(1) if matrix else width.multiplier
+    elif family.width == "adam":
+        lr = 1 / width.multiplier if width.infinite == 2 else 1.0
+    else:
+        lr = _muon_width(width, adjust_lr)
+    return Multipliers(lr=lr, weight_decay=1 / lr)
+
+
+def _muon_width(width: Width, adjust_lr: str | None) -> float:
+    def wanted(rows: float, columns: float) -> float:
+        return math.sqrt(rows / columns)
+
+    def given(rows: float, columns: float) -> float:
+        if adjust_lr == "match_rms_adamw":
+            return math.sqrt(max(rows, columns))
+        return math.sqrt(max(1.0, rows / columns))
+
+    base = tuple(dim if base is None else base for dim, base in zip(width.dims, width.base, strict=True))
+    return (wanted(*width.dims[:2]) / wanted(*base[:2])) / (given(*width.dims[:2]) / given(*base[:2]))
+
+
+def predicted_slopes(rule: Rule, family: Family) -> dict[str, float]:
+    """Exponents in depth that the rule gives two-layer branches in the first steps at a small learning rate.
+
+    Returns:
+        ``inner`` and ``outer``: a layer's own update ``dW h`` in a branch, relative to its base; ``stream`` and
+        ``function``: the update of the residual stream and of the function, the larger of what the two sides
+        contribute coherently over ``L`` layers. Under the correction the last two are the slope at large depth, to
+        which measured slopes rise from below.
+
+    Source: the scaling argument of arXiv 2310.02244, section 3, applied to each side of the branch.
+    """
+    # A layer's own update dW h: SGD's gradient carries the branch multiplier, a normalised one does not.
+    carried = 0.0 if family.normalised else -rule.alpha
+    exponent = rule.adam if family.normalised else rule.sgd
+    outer = exponent + carried
+    inner = outer + rule.correction
+    total = 1 - rule.alpha + max(inner, outer)  # L branches, each times m
+    return {"inner": inner, "outer": outer, "stream": total, "function": total}
+
+
+def _power(ratio: float, exponent: float) -> float:
+    """``ratio ** exponent``, exactly 1 for a ratio or an exponent that says so."""
+    if not ratio > 0:
+        raise PlanError(f"a depth ratio must be positive, not {ratio}")
+    return 1.0 if ratio == 1 or exponent == 0 else float(ratio) ** exponent

@@ -1,0 +1,480 @@
+"""Autograd graph -> residual streams and branches. Knows no rule: it says what is there, not what to do with it.
+
+An addition is residual when one operand is computed from the other (identity skip), or when both are computed from
+the same data and one of them takes a short linear way (projection skip). What lies between skip and addition is the
+branch. Additions that are linked through their skips form a stream.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from torch_depthmup import graph as graphs
+from torch_depthmup.branch_parameters import Parts, carrier_of, describe
+from torch_depthmup.errors import AmbiguousBranchError, TracingError
+from torch_depthmup.graph import Graph
+from torch_depthmup.linearity import LINEAR, NORM
+from torch_depthmup.modules import Residual
+
+__all__ = ["Branch", "Trace", "find_branches", "trace"]
+
+Pattern = str | type[nn.Module]
+"""A name pattern (``fnmatch``, over module names) or a module class."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: what is added to the skip in one residual addition.
+
+    Args:
+        name: path of the innermost module that owns the branch's weight operations.
+        stream: index of the residual stream, in forward order.
+        position: index of the addition in its stream, from 0.
+        depth: number of residual additions in the stream, L.
+        skip: ``"identity"``, or ``"projection"`` where the shortcut has weights of its own.
+        levels: number of weight operations on the longest path from the skip to the addition.
+        inner: names of the parameters before the branch's outer weight operation.
+        outer: names of the parameters from the outer weight operation on.
+        carrier: names of the parameters of the last parametrised operation, in which the branch's value is linear;
+            empty where there is none, for example behind a gate.
+    """
+
+    name: str
+    stream: int
+    position: int
+    depth: int
+    skip: Literal["identity", "projection"]
+    levels: int
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+    carrier: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Branches together with what carrying a plan out needs to know of the forward pass.
+
+    Args:
+        branches: in forward order.
+        sites: for each branch the ordinal of its addition among all additions written in Python and the operand that
+            is the branch, or ``None`` where the addition is not visible from Python.
+        producers: for each branch the modules whose output is the branch's value, as (name, which call, which output).
+        calls: how often each module was called.
+        shared: parameters that several branches, or a branch and the rest of the network, use in weight operations,
+            with the names of those branches.
+        reached: names of the parameters that the example inputs reached.
+        contains: for each branch the indices of the branches nested in it.
+    """
+
+    branches: tuple[Branch, ...]
+    sites: tuple[tuple[int, int] | None, ...]
+    producers: tuple[tuple[tuple[str, int, int], ...], ...]
+    calls: dict[str, int]
+    shared: dict[str, tuple[str, ...]]
+    reached: frozenset[str]
+    contains: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class _Residual:
+    """A candidate: the addition's node, its operands, and the node that the branch starts from."""
+
+    node: int
+    branch: int
+    skip: int
+    start: int  # what the branch is computed from; the skip itself, but for `(x + a) + f` and projections
+    projection: bool = False
+    parts: Parts = field(default_factory=Parts)
+
+
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+) -> tuple[Branch, ...]:
+    """The residual branches of a model, in forward order, read off one forward pass. The model stays as it was.
+
+    Args:
+        model: any module, on a real device or on ``meta``; compiled and DDP wrappers are looked through.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        include: name patterns or module classes; only branches of modules that match are returned.
+        exclude: name patterns or module classes; branches of modules that match are left out.
+        branches: name patterns or module classes that are declared to be branches: what such a module returns is
+            added to a skip, whatever the addition looks like.
+
+    Returns:
+        The branches; an empty tuple where the network has none.
+
+    Raises:
+        TracingError: the forward pass fails or hides its graph, a pattern matches nothing, or a declared branch is
+            not added to anything.
+        AmbiguousBranchError: a sum of two nonlinear paths has no recognisable skip.
+
+    Source: the residual streams of arXiv 2310.02244, section 3; the definition of inner and outer operations of
+    arXiv 2512.21075.
+    """
+    return trace(model, example_inputs, include=include, exclude=exclude, branches=branches).branches
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+) -> Trace:
+    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors."""
+    model = graphs.unwrap(model)
+    chosen = [_matching(model, patterns) for patterns in (include, exclude, branches)]
+    graph = graphs.record(model, example_inputs)
+    declared = set(chosen[2] or ()) | {
+        f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
+    }
+    found, doubtful = _residuals(graph, _declared_nodes(graph, declared))
+    for residual in found:
+        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+    names = _unique([residual.parts.owner for residual in found])
+
+    def kept(name: str, node: int) -> bool:
+        owners = _owners(graph, name, node)
+        inside = chosen[0] is None or any(owner in chosen[0] for owner in owners)
+        return inside and not any(owner in (chosen[1] or ()) for owner in owners)
+
+    keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
+    found, names = [found[i] for i in keep], [names[i] for i in keep]
+    _refuse_doubtful([node for node in doubtful if kept("", node)], graph, found)
+    return _assemble(graph, found, names)
+
+
+def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
+    streams = _streams(graph, found)
+    depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
+    sides, shared = _sides(graph, found, names)
+    result = []
+    for i, residual in enumerate(found):
+        inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
+        result.append(
+            Branch(
+                name=names[i],
+                stream=streams[i],
+                position=streams[:i].count(streams[i]),
+                depth=depths[streams[i]],
+                skip="projection" if residual.projection else "identity",
+                levels=residual.parts.levels,
+                inner=tuple(inner),
+                outer=tuple(outer),
+                carrier=carrier_of(graph, residual.branch, residual.parts),
+            )
+        )
+    return Trace(
+        branches=tuple(result),
+        sites=tuple(_site(graph, residual) for residual in found),
+        producers=tuple(tuple(_producers(graph, residual.branch)) for residual in found),
+        calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
+        shared=shared,
+        reached=frozenset().union(*graph.weights, *({graph_name} for graph_name in sides)),
+        contains=tuple(
+            tuple(j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
+            for i, residual in enumerate(found)
+        ),
+    )
+
+
+# Which additions are residual
+
+
+def _residuals(graph: Graph, declared: dict[int, str]) -> tuple[list[_Residual], list[int]]:
+    """The residual additions in forward order, and the sums that may or may not be."""
+    masks = _Masks.of(graph)
+    candidates: dict[int, _Residual] = {}
+    doubtful: list[int] = []
+    waiting = dict(declared)
+    for node, kind in enumerate(graph.kind):
+        operands = [i for i in graph.inputs[node] if i >= 0]
+        if not kind.startswith(("AddBackward", "SubBackward")) or len(set(operands)) != 2 or not graph.data[node]:
+            continue
+        found = _declared(graph, node, operands, waiting) or _candidate(graph, node, operands, candidates, masks)
+        if isinstance(found, _Residual):
+            candidates[node] = found
+        elif found == "doubtful":
+            doubtful.append(node)
+    if waiting:
+        raise TracingError(
+            f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
+            "anything. Name the module whose output is an operand of the addition"
+        )
+    accepted = _accept(graph, candidates, set(declared))
+    inside = [residual for residual in accepted if not residual.projection]
+    doubtful = [
+        node
+        for node in doubtful
+        if not any(graph.reaches(r.branch, node) and graph.reaches(node, r.start) for r in inside)
+        and not any(graph.reaches(node, r.node) and _beside(graph, node, r.node) for r in accepted)
+    ]
+    return accepted, doubtful
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Bit sets over the nodes of a graph."""
+
+    weights: int
+    nonlinear: int
+    data: int
+
+    @staticmethod
+    def of(graph: Graph) -> _Masks:
+        weights = nonlinear = data = 0
+        for i, kind in enumerate(graph.kind):
+            if not graph.data[i]:
+                continue
+            data |= 1 << i
+            if graph.is_weight_operation[i]:
+                weights |= 1 << i
+            product = kind.startswith(("MulBackward", "DivBackward")) and len(graph.data_inputs(i)) > 1
+            plain = graph.is_weight_operation[i] or LINEAR.match(kind) or NORM.match(kind) or kind == "AccumulateGrad"
+            if product or not (plain or len(graph.data_inputs(i)) == 0):
+                nonlinear |= 1 << i
+        return _Masks(weights, nonlinear, data)
+
+
+def _candidate(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, _Residual], masks: _Masks
+) -> _Residual | Literal["doubtful"] | None:
+    if graph.is_scalar[node]:
+        return None
+    for skip, branch in (operands, operands[::-1]):
+        if graph.reaches(branch, skip):
+            between = graph.ancestors[branch] & ~graph.ancestors[skip]
+            # A parameter that many additions use is an embedding or a bias; one that a single addition uses may be
+            # the start of a stream, such as the latents of a Perceiver.
+            used = graph.data[skip] or sum(graph.kind[i].startswith("Add") for i in graph.consumers[skip]) == 1
+            return _Residual(node, branch, skip, skip) if between & masks.weights and used else None
+    if not all(graph.data[i] for i in operands):
+        return None
+    climbed = _sum_of_branches(graph, node, operands, candidates, masks)
+    return climbed or _short_way(graph, node, operands, masks)
+
+
+def _sum_of_branches(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, _Residual], masks: _Masks
+) -> _Residual | None:
+    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is."""
+    for skip, branch in (operands, operands[::-1]):
+        start, climbed = skip, False
+        while start in candidates and not graph.reaches(branch, start):
+            start, climbed = candidates[start].start, True
+        between = graph.ancestors[branch] & ~graph.ancestors[start]
+        if climbed and graph.reaches(branch, start) and between & masks.weights:
+            return _Residual(node, branch, skip, start)
+    return None
+
+
+def _short_way(
+    graph: Graph, node: int, operands: list[int], masks: _Masks
+) -> _Residual | Literal["doubtful"] | None:
+    """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
+    first, second = operands
+    if not graph.ancestors[first] & graph.ancestors[second] & masks.data:
+        return None
+    only = [graph.ancestors[a] & ~graph.ancestors[b] for a, b in (operands, operands[::-1])]
+    weights = [(side & masks.weights).bit_count() for side in only]
+    nonlinear = [bool(side & masks.nonlinear) for side in only]
+    for i, (skip, branch) in enumerate((operands, operands[::-1])):
+        if nonlinear[i] or weights[1 - i] == 0:
+            continue
+        if weights[i] == 0:
+            return _Residual(node, branch, skip, skip, projection=True)
+        if nonlinear[1 - i] and weights[i] < weights[1 - i]:
+            return _Residual(node, branch, skip, skip, projection=True)
+    return "doubtful" if any(nonlinear) and all(weights) else None
+
+
+def _accept(graph: Graph, candidates: dict[int, _Residual], declared: set[int]) -> list[_Residual]:
+    """Candidates, outermost first, less those that only look residual.
+
+    An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
+    all layers add to their attention scores reaches later scores through the stream, but comes from outside.
+    """
+    accepted: list[_Residual] = []
+    for node in sorted(candidates, reverse=True):
+        candidate = candidates[node]
+        if not any(
+            outer.start < node
+            and not outer.projection
+            and graph.reaches(outer.branch, node)
+            and graph.reaches(node, outer.start)
+            and not graph.reaches(candidate.start, outer.start)
+            for outer in accepted
+        ):
+            accepted.append(candidate)
+    nodes = {residual.node for residual in accepted}
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
+    return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
+
+
+def _is_long_skip(graph: Graph, residual: _Residual, nodes: set[int]) -> bool:
+    """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    if residual.projection:
+        only = graph.ancestors[residual.branch] & ~graph.ancestors[residual.skip]
+        return any(only >> node & 1 for node in nodes)
+    return any(
+        graph.reaches(node, residual.start) and node != residual.start
+        for node in _nearest_additions(graph, residual.branch, nodes, stop=residual.start)
+    )
+
+
+def _nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
+    """The residual additions that a value comes from by other than weight operations (these only where ``within``)."""
+    pending, seen, found = [node], {node}, []
+    while pending:
+        i = pending.pop()
+        if i in nodes:
+            found.append(i)
+        elif i != stop and (not graph.is_weight_operation[i] or within >> i & 1):
+            fresh = [j for j in graph.data_inputs(i) if j not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return found
+
+
+def _beside(graph: Graph, node: int, residual: int) -> bool:
+    """Whether a residual addition lies on one side only of a doubtful sum: then it joins streams, and is none itself."""
+    first, second = (i for i in graph.inputs[node] if i >= 0)
+    return graph.reaches(first, residual) != graph.reaches(second, residual)
+
+
+def _refuse_doubtful(doubtful: Iterable[int], graph: Graph, found: list[_Residual]) -> None:
+    for node in doubtful:
+        addition = graph.additions.get(node)
+        where = next((name for name in reversed(addition.modules) if name), "") if addition else ""
+        raise AmbiguousBranchError(
+            f"{where or 'the model'}: the sum of two nonlinear paths has no skip that could be told from the branch. "
+            f"Name the branch: branches=['{where + '.' if where else ''}<module whose output it is>'], or leave the sum "
+            f"alone: exclude=['{where or '*'}']"
+        )
+
+
+# Declared branches and overrides
+
+
+def _matching(model: nn.Module, patterns: Sequence[Pattern] | Pattern | None) -> set[str] | None:
+    """Names of the modules that match, with everything below them."""
+    if patterns is None:
+        return None
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
+        if isinstance(pattern, type):
+            hits = {name for name, module in model.named_modules() if isinstance(module, pattern)}
+        else:
+            hits = {name for name, _ in model.named_modules() if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise TracingError(f"no module of {type(model).__name__} matches {pattern!r}. See model.named_modules()")
+        matched |= hits
+    return matched
+
+
+def _owners(graph: Graph, name: str, node: int) -> set[str]:
+    """The branch's name, the modules that were running at its addition, and all modules above them."""
+    running = graph.additions[node].modules[1:] if node in graph.additions else ()
+    path = re.sub(r"#\d+$", "", name)
+    parts = path.split(".") if path else []
+    return {".".join(parts[: i + 1]) for i in range(len(parts))} | set(running)
+
+
+def _declared_nodes(graph: Graph, declared: set[str]) -> dict[int, str]:
+    nodes: dict[int, str] = {}
+    for name in declared:
+        for outputs in graph.outputs_of.get(name, ()):
+            nodes.update(dict.fromkeys(outputs[:1], name))
+    return nodes
+
+
+def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> _Residual | None:
+    """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
+    for skip, branch in (operands, operands[::-1]):
+        i, steps = branch, [branch]
+        while i not in waiting and LINEAR.match(graph.kind[i]) and len(graph.data_inputs(i)) == 1:
+            i = graph.data_inputs(i)[0]
+            steps.append(i)
+        if i in waiting:
+            del waiting[i]
+            return _Residual(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
+    return None
+
+
+# Streams, sides and names
+
+
+def _streams(graph: Graph, found: list[_Residual]) -> list[int]:
+    """The stream of each addition: that of the additions its skip comes from, else a new one."""
+    stream_of: dict[int, int] = {}
+    nodes = {residual.node for residual in found}
+    streams = []
+    for residual in found:
+        only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch] if residual.projection else 0
+        before = [n for n in _nearest_additions(graph, residual.skip, nodes, within=only) if n in stream_of]
+        stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
+        streams.append(stream_of[residual.node])
+    return streams
+
+
+def _sides(
+    graph: Graph, found: list[_Residual], names: list[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
+    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the shared weights."""
+    users: dict[str, dict[int, int]] = {}
+    matrices: set[str] = set()
+    inside: set[int] = set()
+    for i, residual in enumerate(found):
+        inside |= residual.parts.nodes
+        for name, side in residual.parts.sides.items():
+            users.setdefault(name, {})[i] = side
+        matrices |= residual.parts.matrices
+    elsewhere: set[str] = set()
+    for node in range(len(graph.kind)):
+        if graph.data[node] and node not in inside:
+            elsewhere |= {name for j in graph.weight_inputs(node) for name in graph.weights[j]}
+    sides: dict[str, tuple[int, int]] = {}
+    shared: dict[str, tuple[str, ...]] = {}
+    for name, at in users.items():
+        innermost = min(at, key=lambda i: len(found[i].parts.nodes))
+        nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
+        parallel = len({(found[i].start, side) for i, side in at.items()}) == 1
+        if name in elsewhere or not (nested or parallel):
+            if name in matrices:
+                shared[name] = tuple(names[i] for i in at)
+        else:
+            sides[name] = (innermost, at[innermost])
+    return sides, shared
+
+
+def _unique(owners: list[str]) -> list[str]:
+    """Owners as names: one that several branches share is numbered in forward order."""
+    return [
+        owner if owners.count(owner) == 1 else f"{owner}#{owners[:i].count(owner)}" for i, owner in enumerate(owners)
+    ]
+
+
+def _site(graph: Graph, residual: _Residual) -> tuple[int, int] | None:
+    addition = graph.additions.get(residual.node)
+    if addition is None or residual.branch not in addition.operands:
+        return None
+    return addition.ordinal, addition.operands.index(residual.branch)
+
+
+def _producers(graph: Graph, node: int) -> Iterator[tuple[str, int, int]]:
+    for name, outputs in graph.outputs_of.items():
+        for call, nodes in enumerate(outputs):
+            if node in nodes and name:
+                yield name, call, nodes.index(node)
