@@ -2,7 +2,9 @@
 
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
+from torch_depthmup.parametrize import parametrize, plan_of, undo
+from torch_depthmup.plan import Plan
 from torch_depthmup.rules import Rule
 from torch_depthmup.tracing import Branch, find_branches
 
-__all__ = ["Branch", "DepthMuPError", "Residual", "Rule", "find_branches"]
+__all__ = ["Branch", "DepthMuPError", "Plan", "Residual", "Rule", "find_branches", "parametrize", "plan_of", "undo"]

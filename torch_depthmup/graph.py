@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 
-__all__ = ["Addition", "Graph", "call", "record", "quiet", "unwrap", "normalise_name", "tensors_in"]
+__all__ = ["Addition", "Graph", "addition_operands", "call", "fresh", "normalise_name", "quiet", "record", "unwrap"]
 
 ADDITIONS = frozenset(
     f"{mark}{name}{mark}" if mark else name
@@ -142,16 +142,16 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         yield from tensors_in(item, seen)
 
 
-def _fresh(value: Any) -> Any:
+def fresh(value: Any) -> Any:
     """Copies of the example inputs that autograd follows and in-place operations may overwrite."""
     if isinstance(value, Tensor):
         copy = value.detach()
         return (copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy).clone()
     if isinstance(value, Mapping):
-        return {key: _fresh(item) for key, item in value.items()}
+        return {key: fresh(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_fresh, value))
-    return type(value)(map(_fresh, value)) if isinstance(value, tuple | list) else value
+        return type(value)(*map(fresh, value))
+    return type(value)(map(fresh, value)) if isinstance(value, tuple | list) else value
 
 
 @contextlib.contextmanager
@@ -202,6 +202,16 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             numpy_random.set_state(numpy_state)
 
 
+def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The two tensors that a call adds, or ``None`` where it does something else. Counters (``n.add_(1)``) add a number."""
+    if getattr(func, "__name__", "") not in ADDITIONS:
+        return None
+    operands = [*args[:2], *(kwargs[key] for key in ("input", "other") if key in kwargs)]
+    if len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
+        return None
+    return operands[0], operands[1]
+
+
 class _Recorder(TorchFunctionMode):
     """Notes additions with the nodes of their operands, and which module calls returned which nodes."""
 
@@ -213,15 +223,13 @@ class _Recorder(TorchFunctionMode):
         self.returned: list[tuple[str, list[Any]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ADDITIONS:
-            return func(*args, **kwargs)
-        operands = [*args, *(kwargs[key] for key in ("input", "other") if key in kwargs)][:2]
-        before = tuple(_producer(operand) for operand in operands)
-        result = func(*args, **kwargs)
+        operands = addition_operands(func, args, kwargs or {})
+        if operands is None:
+            return func(*args, **(kwargs or {}))
+        before = (_producer(operands[0]), _producer(operands[1]))
+        result = func(*args, **(kwargs or {}))
         # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
-        if len(before) == 2:
-            self.additions.append((_producer(result), before, tuple(self.stack)))  # type: ignore[arg-type]
+        self.additions.append((_producer(result), before, tuple(self.stack)))
         return result
 
     @contextlib.contextmanager
@@ -232,8 +240,8 @@ class _Recorder(TorchFunctionMode):
         def leave(module: nn.Module, _: Any, output: Any) -> None:
             self.stack.pop()
             if id(module) in self.names:
-                nodes = [_producer(tensor) for tensor in tensors_in(output)]
-                self.returned.append((self.names[id(module)], nodes))
+                outputs = output if isinstance(output, tuple | list) else (output,)
+                self.returned.append((self.names[id(module)], [_producer(value) for value in outputs]))
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enter),
@@ -271,7 +279,7 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
     with quiet(model):
         try:
             with recorder.watching():
-                output = call(model, _fresh(example_inputs))
+                output = call(model, fresh(example_inputs))
         except TracingError:
             raise
         except Exception as error:
@@ -325,7 +333,7 @@ def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
             first, second = operands
             graph.additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
     for name, nodes in recorder.returned:
-        graph.outputs_of.setdefault(name, []).append([index[node] for node in nodes if node in index])
+        graph.outputs_of.setdefault(name, []).append([index.get(node, -1) for node in nodes])
     return graph
 
 

@@ -264,9 +264,7 @@ class Width:
         return 1.0 if base is None else self.dims[index] / base
 
 
-def width_multipliers(
-    rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None
-) -> Multipliers:
+def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None) -> Multipliers:
     """Multipliers in width: those of ``mup``'s MuSGD, MuAdam and MuAdamW; for Muon the spectral condition.
 
     Muon's update has spectral norm ``lr`` times torch's own factor for the shape; what is missing to

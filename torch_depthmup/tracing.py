@@ -163,6 +163,7 @@ def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
     result = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
+        carrier = carrier_of(graph, residual.branch, residual.parts)
         result.append(
             Branch(
                 name=names[i],
@@ -173,7 +174,8 @@ def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
                 levels=residual.parts.levels,
                 inner=tuple(inner),
                 outer=tuple(outer),
-                carrier=carrier_of(graph, residual.branch, residual.parts),
+                # What something else uses too cannot carry this branch's multiplier.
+                carrier=carrier if set(carrier) <= {*inner, *outer} else (),
             )
         )
     return Trace(
@@ -182,7 +184,7 @@ def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
         producers=tuple(tuple(_producers(graph, residual.branch)) for residual in found),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
         shared=shared,
-        reached=frozenset().union(*graph.weights, *({graph_name} for graph_name in sides)),
+        reached=frozenset().union(*graph.weights),
         contains=tuple(
             tuple(j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
             for i, residual in enumerate(found)
@@ -280,9 +282,7 @@ def _sum_of_branches(
     return None
 
 
-def _short_way(
-    graph: Graph, node: int, operands: list[int], masks: _Masks
-) -> _Residual | Literal["doubtful"] | None:
+def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> _Residual | Literal["doubtful"] | None:
     """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
     first, second = operands
     if not graph.ancestors[first] & graph.ancestors[second] & masks.data:
@@ -396,7 +396,7 @@ def _declared_nodes(graph: Graph, declared: set[str]) -> dict[int, str]:
     nodes: dict[int, str] = {}
     for name in declared:
         for outputs in graph.outputs_of.get(name, ()):
-            nodes.update(dict.fromkeys(outputs[:1], name))
+            nodes.update({node: name for node in outputs[:1] if node >= 0})
     return nodes
 
 

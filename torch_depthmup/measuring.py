@@ -1,0 +1,168 @@
+"""The value of every residual branch on the example inputs, before and after the act.
+
+The second pass hands on the first pass's branch values, so every branch is measured on exactly the inputs that it had
+before, whatever was done to the branches below it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torch_depthmup.errors import MeasurementError
+from torch_depthmup.graph import addition_operands, call, fresh, quiet
+from torch_depthmup.tracing import Trace
+
+__all__ = ["branch_values", "check_branches", "filled"]
+
+ROUNDING = 100  # tolerance in units of the dtype's rounding error
+COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
+
+
+class _Meter(TorchFunctionMode):
+    """Reads the branch operand of the residual additions, and hands on a given value in its place."""
+
+    def __init__(self, found: Trace, visit: Callable[[int, Tensor], Tensor | None]):
+        super().__init__()
+        self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
+        self.visit = visit
+        self.ordinal = -1
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        operands = addition_operands(func, args, kwargs)
+        if operands is None:
+            return func(*args, **kwargs)
+        self.ordinal += 1
+        if self.ordinal not in self.sites:
+            return func(*args, **kwargs)
+        position, branch = self.sites[self.ordinal]
+        value = self.visit(branch, operands[position].detach())
+        if value is None:
+            return func(*args, **kwargs)
+        if position == 0 and func.__name__ in ("add_", "sub_", "subtract_", "__iadd__", "__isub__"):
+            with torch.no_grad():
+                operands[0].copy_(value)  # the caller goes on with this very tensor
+            return func(*args, **kwargs)
+        changed = (value, operands[1]) if position == 0 else (operands[0], value)
+        rest = {key: item for key, item in kwargs.items() if key not in ("input", "other")}
+        return func(*changed, *args[2:], **rest)
+
+
+def _run(model: nn.Module, inputs: Any, meter: _Meter) -> None:
+    """One pass with batch statistics where the batch has any; running statistics of a fresh network are those of no data."""
+    with quiet(model, batch_statistics=_has_batch_statistics(model, inputs)), _exact_matrix_products(), meter:
+        call(model, fresh(inputs))
+
+
+def _has_batch_statistics(model: nn.Module, inputs: Any) -> bool:
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return False
+    try:
+        with quiet(model, batch_statistics=True), torch.no_grad():
+            call(model, fresh(inputs))
+    except ValueError:  # "Expected more than 1 value per channel when training"
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _exact_matrix_products() -> Iterator[None]:
+    """Without TF32, whose rounding would hide what is measured."""
+    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+
+
+@contextlib.contextmanager
+def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Temporary values in parameters that are zero throughout, since 0 = m * 0 proves nothing."""
+    zero = {id(p): p for p in parameters if p.numel() and not p.any()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in zero.values():
+            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
+            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
+            parameter.copy_(values + (0.5 if parameter.ndim < 2 else 0.0))
+        yield
+    finally:
+        for parameter in zero.values():
+            parameter.zero_()
+
+
+def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
+    """Each branch's value on the inputs.
+
+    Raises:
+        MeasurementError: a branch cannot be seen, or its value is zero or not finite.
+    """
+    for branch, site in zip(found.branches, found.sites, strict=True):
+        if site is None:
+            raise MeasurementError(
+                f"{branch.name}: its addition happens out of Python's sight (a scripted module?), so its value cannot "
+                "be measured. Write the addition in Python, or use dm.Residual"
+            )
+    values: dict[int, Tensor] = {}
+
+    def read(branch: int, value: Tensor) -> None:
+        values[branch] = value.clone()
+
+    _run(model, inputs, _Meter(found, read))
+    for i, branch in enumerate(found.branches):
+        if i not in values:
+            raise MeasurementError(
+                f"{branch.name}: the branch was not there in a second pass on the same inputs. A network that changes "
+                "from call to call cannot be measured; put it in evaluation mode"
+            )
+        size = float(values[i].float().norm())
+        if not 0 < size < math.inf:
+            raise MeasurementError(
+                f"{branch.name}: the branch's value on the example inputs has norm {size}, so nothing can be measured. "
+                "Pass example inputs on which the freshly initialized network is finite and not zero"
+            )
+    return [values[i] for i in range(len(found.branches))]
+
+
+def check_branches(
+    model: nn.Module, inputs: Any, found: Trace, before: Sequence[Tensor], multipliers: Sequence[float]
+) -> None:
+    """Compares each branch's value with its multiple of what it was.
+
+    Raises:
+        MeasurementError: a branch differs by more than rounding.
+    """
+    wrong: list[str] = []
+
+    def compare(branch: int, value: Tensor) -> Tensor:
+        wanted = before[branch].float() * multipliers[branch]
+        error = float((value.float() - wanted).norm() / wanted.norm())
+        if before[branch].dtype == torch.float64:
+            wanted = before[branch] * multipliers[branch]
+            error = float((value - wanted).norm() / wanted.norm())
+        dtypes = [value.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())]
+        tolerance = min(COARSEST, ROUNDING * max(torch.finfo(dtype).eps for dtype in dtypes))
+        if not error <= tolerance:
+            ratio = float(value.float().norm() / before[branch].float().norm())
+            wrong.append(
+                f"{found.branches[branch].name}: the branch should be {multipliers[branch]:.6g} times what it was, and "
+                f"is {ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
+            )
+        return before[branch].clone()
+
+    _run(model, inputs, _Meter(found, compare))
+    if wrong:
+        raise MeasurementError(
+            "; ".join(wrong[:3])
+            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + ". The model is as it was. What lies between its last weights and the addition is not linear: write "
+            "how='wrap' instead of 'fold', or exclude the branch"
+        )
