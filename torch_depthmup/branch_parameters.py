@@ -24,9 +24,9 @@ class _Addition(Protocol):
 class Parts:
     """What lies in a branch.
 
-    ``nodes`` are the data nodes between skip and addition. ``level[i]`` counts the weight operations on the longest path
-    from the skip to node ``i``, itself included. ``sides`` maps each parameter to inner (0) or outer (1); ``matrices``
-    are those that weight operations use. ``owner`` is the innermost module path around the weight operations.
+    ``nodes`` are the data nodes between skip and addition. ``level[i]`` counts the weight operations on the longest
+    path from the skip to node ``i``, itself included. ``sides`` maps each parameter to inner (0) or outer (1);
+    ``matrices`` are those that weight operations use. ``owner`` is the innermost module path around these.
     """
 
     nodes: frozenset[int] = frozenset()
@@ -66,16 +66,13 @@ def describe(
 def _between(
     graph: Graph, addition: int, branch: int, start: int, projection: bool, others: set[int]
 ) -> frozenset[int]:
-    """Data nodes from ``start`` (exclusive) to ``branch``: those computed from the start, and those that nothing else uses."""
+    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses."""
     nodes: set[int] = set()
     pending, seen = [-branch], {branch}
     while pending:
         # Consumers come after a node, so in descending order they are decided before it.
         i = -heapq.heappop(pending)
-        if projection:
-            inside = not graph.reaches(start, i)
-        else:
-            inside = i != start and graph.reaches(i, start)
+        inside = not graph.reaches(start, i) if projection else i != start and graph.reaches(i, start)
         foreign = i in others and not inside
         used_here = all(j in nodes or j == addition and i == branch for j in graph.consumers[i])
         if not inside and (foreign or i == start or graph.reaches(start, i) or not used_here):
@@ -111,13 +108,12 @@ def _carrier(graph: Graph, node: int, parts: Parts) -> list[str] | None:
         if (graph.is_weight_operation[node] and MATRIX.match(kind)) or (NORM.match(kind) and weights):
             # The weight first, then the bias, in whatever order the operation takes them.
             weights = sorted(weights, key=lambda j: "bias" in "".join(graph.weights[j]).rpartition(".")[2])
-            return _names(graph, weights) and _names(graph, weights) + collected
+            return _extended(_names(graph, weights), collected)
         operation = kind.removesuffix("0").removesuffix("Backward")
         if operation in ("Mul", "Div") and weights and len(data) == 1:
-            return _names(graph, weights) and _names(graph, weights) + collected if operation == "Mul" else None
+            return _extended(_names(graph, weights), collected) if operation == "Mul" else None
         if operation == "Mul" and len(data) == 2:
-            product = _gated(graph, data, parts)
-            return product and product + collected
+            return _extended(_gated(graph, data, parts), collected)
         if operation in ("Add", "Sub") and weights:
             names = _names(graph, weights)
             if names is None:
@@ -133,6 +129,10 @@ def _carrier(graph: Graph, node: int, parts: Parts) -> list[str] | None:
                 return None
             return [name for side in sides for name in side or ()] + collected
         node = data[0]
+
+
+def _extended(names: list[str] | None, collected: list[str]) -> list[str] | None:
+    return names + collected if names else None
 
 
 def _gated(graph: Graph, operands: list[int], parts: Parts) -> list[str] | None:

@@ -56,9 +56,11 @@ class Addition:
 class Graph:
     """The autograd graph of one forward pass, in topological order: a node's inputs come before it.
 
-    ``inputs[i]`` holds the indices of node ``i``'s operands, ``-1`` for an operand without gradient. ``ancestors[i]`` is
-    a bit set that contains ``i`` itself. ``weights[i]`` names the parameters of a node that depends on nothing else;
-    a node with ``data[i]`` depends on the network's inputs. ``direct[i]``: its value is one parameter, at most viewed.
+    ``inputs[i]`` holds the indices of node ``i``'s operands, ``-1`` for an operand without gradient. ``ancestors[i]``
+    is a bit set that contains ``i`` itself. ``weights[i]`` names the parameters of a node that depends on nothing
+    else; a node with ``data[i]`` depends on the network's inputs. ``direct[i]``: its value is one parameter, at most
+    viewed. ``outputs_of[name]`` holds for each call of a module the nodes of what it returned, ``-1`` for what is not
+    in the graph.
     """
 
     kind: list[str] = field(default_factory=list)
@@ -156,7 +158,7 @@ def fresh(value: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
-    """Evaluation mode with gradients and without traces: mode, buffers, RNG and ``requires_grad`` come back as they were.
+    """Evaluation mode with gradients; mode, buffers, RNG and ``requires_grad`` come back as they were.
 
     Args:
         model: any module.
@@ -194,7 +196,7 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             parameter.requires_grad_(False)
         for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer
-            if saved is not None:
+            if buffer is not None and saved is not None:
                 with torch.no_grad():
                     buffer.copy_(saved)
         random.setstate(python_state)
@@ -203,7 +205,7 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
 
 
 def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The two tensors that a call adds, or ``None`` where it does something else. Counters (``n.add_(1)``) add a number."""
+    """The two tensors that a call adds; ``None`` where it adds a number (a counter's ``n.add_(1)``) or does else."""
     if getattr(func, "__name__", "") not in ADDITIONS:
         return None
     operands = [*args[:2], *(kwargs[key] for key in ("input", "other") if key in kwargs)]
@@ -368,8 +370,8 @@ def _append(
 
 
 def _is_scalar(node: Any) -> bool:
-    metadata = getattr(node, "_input_metadata", None)
-    return bool(metadata) and all(len(m.shape) == 0 for m in metadata if m is not None)
+    metadata = getattr(node, "_input_metadata", None) or ()
+    return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
 
 
 VIEW = re.compile(

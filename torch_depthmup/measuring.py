@@ -56,7 +56,7 @@ class _Meter(TorchFunctionMode):
 
 
 def _run(model: nn.Module, inputs: Any, meter: _Meter) -> None:
-    """One pass with batch statistics where the batch has any; running statistics of a fresh network are those of no data."""
+    """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
     with quiet(model, batch_statistics=_has_batch_statistics(model, inputs)), _exact_matrix_products(), meter:
         call(model, fresh(inputs))
 

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import mup
 import torch
 from torch import Tensor, nn
 
@@ -76,8 +75,8 @@ def parametrize(
         raise PlanError("branches are found by running the model once: pass example_inputs=, a small batch will do")
     if rule.scales_depth and base is None and base_depth is None:
         raise PlanError(
-            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or base_depth=<its number of residual "
-            "additions> (for the base itself, its own depth)"
+            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or base_depth=<its number of "
+            "residual additions> (for the base itself, its own depth)"
         )
     options = {"include": include, "exclude": exclude, "branches": branches}
     found = _no_trace() if example_inputs is None else trace(model, example_inputs, **options)
@@ -163,7 +162,7 @@ def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_s
         if set_shapes:
             for entry in plan.entries:
                 assert entry.width is not None
-                parameters[entry.name].infshape = widths.to_infshape(entry.width)
+                setattr(parameters[entry.name], "infshape", widths.to_infshape(entry.width))  # noqa: B010
         for name in touched:
             parameters[name].mul_(width[name])
         if all(m == 1.0 for m in multipliers):
@@ -191,7 +190,7 @@ def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> It
         _take_off(model)
         for name, parameter in model.named_parameters():
             if shapes[name] is None and hasattr(parameter, "infshape"):
-                del parameter.infshape
+                delattr(parameter, "infshape")
         raise
 
 
@@ -342,7 +341,7 @@ def undo(model: nn.Module) -> None:
                 wide = parameter.double() if parameter.device.type != "mps" else parameter.float()
                 parameter.copy_(wide / entry.scale)
             if handle.set_shapes:
-                del parameter.infshape
+                delattr(parameter, "infshape")
     _take_off(owner)
     del vars(owner)[ATTRIBUTE]
     _Handle.alive.discard(owner)

@@ -268,8 +268,8 @@ def make_plan(
         readouts: width's forward multipliers, folded into readouts.
 
     Raises:
-        PlanError: a scaled branch shares its weights with others, contains another scaled stream, has no carrier to fold
-            into, or has siblings that the example inputs did not reach.
+        PlanError: a scaled branch shares its weights with others, contains another scaled stream, has no carrier to
+            fold into, or has siblings that the example inputs did not reach.
     """
     active = rule.scales_depth and any(stream.ratio != 1 for stream in streams)
     if active:
@@ -288,7 +288,9 @@ def make_plan(
             folded.update(dict.fromkeys(branch.carrier, multiplier))
     entries = []
     for name, _ in model.named_parameters():
-        role, branch_ = places.get(name, ("outside", None))
+        place = places.get(name)
+        role: Role = place[0] if place else "outside"
+        branch_ = place[1] if place else None
         ratio = streams[branch_.stream].ratio if branch_ else 1.0
         readout = (readouts or {}).get(name, 1.0)
         factor = folded.get(name, 1.0) * readout
@@ -327,8 +329,8 @@ def _reason(name: str, role: Role, branch: Branch | None, streams: tuple[Stream,
 def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
     for name, users in trace.shared.items():
         raise PlanError(
-            f"{name} is used by {len(users)} branches ({', '.join(users[:4])}) or by a branch and the rest of the network: "
-            "with tied weights no rule gives its learning rate. Untie it, or leave these branches alone: "
+            f"{name} is used by {len(users)} branches ({', '.join(users[:4])}) or by a branch and the rest of the "
+            "network: with tied weights no rule gives its learning rate. Untie it, or leave these branches alone: "
             f"exclude=[{', '.join(repr(user) for user in users[:4])}]"
         )
 

@@ -29,7 +29,7 @@ def table(plan: Plan) -> str:
             f"stream {i}: depth {stream.depth}, base depth {stream.base_depth}, ratio {stream.ratio:g}, "
             f"branch multiplier {m:.4g}"
         )
-    branches = {
+    branches: dict[str, tuple[str, ...]] = {
         b.name: (f"{b.stream}", b.skip, f"{b.levels}", f"{plan.branch_multiplier(b):.4g}") for b in plan.branches
     }
     lines += ["", *_rows(("branch", "stream", "skip", "levels", "multiplier"), fold_names(branches))]

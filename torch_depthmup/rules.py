@@ -11,7 +11,7 @@ rate), arXiv 2505.01618 (CompleteP), arXiv 2203.03466 and the package ``mup`` (w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch_depthmup.errors import OptimizerError, PlanError
@@ -62,8 +62,8 @@ class Rule:
     name: str
     alpha: float = 0.5
     correction: float = 0.0
-    sgd: float = field(default=None)  # type: ignore[assignment]  # None is resolved from alpha below
-    adam: float = field(default=None)  # type: ignore[assignment]
+    sgd: float | None = None
+    adam: float | None = None
     width: bool = True
 
     def __post_init__(self) -> None:
@@ -87,6 +87,13 @@ class Rule:
     def scales_depth(self) -> bool:
         """Whether any multiplier of the rule depends on depth."""
         return any((self.alpha, self.correction, self.sgd, self.adam))
+
+    def lr_exponent(self, family: Family, role: Role) -> float:
+        """The exponent of a learning rate in the depth ratio."""
+        if role == "outside":
+            return 0.0
+        assert self.sgd is not None and self.adam is not None
+        return (self.adam if family.normalised else self.sgd) + (self.correction if role == "inner" else 0.0)
 
     def branch_multiplier(self, depth_ratio: float) -> float:
         """``m = r ** -alpha``, the factor on a branch's value at depth ratio ``r``."""
@@ -149,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         Family("adafactor", normalised=True, decoupled=True, foldable=False, width=None),
     )
 }
-"""The optimizer families by name: ``sgd``, ``adam`` (L2 penalty), ``adamw`` (decoupled decay), ``muon``, ``adafactor``."""
+"""The optimizer families by name. ``adam`` has an L2 penalty, ``adamw`` decoupled decay."""
 
 
 def get_family(family: str | Family) -> Family:
@@ -198,7 +205,7 @@ def depth_multipliers(rule: Rule, family: Family, role: Role, depth_ratio: float
     """
     if role == "outside" or not rule.scales_depth:
         return UNIT
-    exponent = (rule.adam if family.normalised else rule.sgd) + (rule.correction if role == "inner" else 0.0)
+    exponent = rule.lr_exponent(family, role)
     gradient = _power(depth_ratio, -rule.alpha)
     penalised = family.normalised and not family.decoupled
     return Multipliers(
@@ -325,9 +332,8 @@ def predicted_slopes(rule: Rule, family: Family) -> dict[str, float]:
     """
     # A layer's own update dW h: SGD's gradient carries the branch multiplier, a normalised one does not.
     carried = 0.0 if family.normalised else -rule.alpha
-    exponent = rule.adam if family.normalised else rule.sgd
-    outer = exponent + carried
-    inner = outer + rule.correction
+    outer = rule.lr_exponent(family, "outer") + carried
+    inner = rule.lr_exponent(family, "inner") + carried
     total = 1 - rule.alpha + max(inner, outer)  # L branches, each times m
     return {"inner": inner, "outer": outer, "stream": total, "function": total}
 

@@ -1,8 +1,7 @@
 """Autograd graph -> residual streams and branches. Knows no rule: it says what is there, not what to do with it.
 
-An addition is residual when one operand is computed from the other (identity skip), or when both are computed from
-the same data and one of them takes a short linear way (projection skip). What lies between skip and addition is the
-branch. Additions that are linked through their skips form a stream.
+`residuals.py` says which additions are residual. What lies between skip and addition is the branch
+(`branch_parameters.py`). Additions that are linked through their skips form a stream.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from torch_depthmup import graph as graphs
-from torch_depthmup.branch_parameters import Parts, carrier_of, describe
+from torch_depthmup.branch_parameters import carrier_of, describe
 from torch_depthmup.errors import AmbiguousBranchError, TracingError
 from torch_depthmup.graph import Graph
-from torch_depthmup.linearity import LINEAR, NORM
 from torch_depthmup.modules import Residual
+from torch_depthmup.residuals import ResidualAddition, nearest_additions, residual_additions
 
 __all__ = ["Branch", "Trace", "find_branches", "trace"]
 
@@ -81,18 +80,6 @@ class Trace:
     contains: tuple[tuple[int, ...], ...]
 
 
-@dataclass
-class _Residual:
-    """A candidate: the addition's node, its operands, and the node that the branch starts from."""
-
-    node: int
-    branch: int
-    skip: int
-    start: int  # what the branch is computed from; the skip itself, but for `(x + a) + f` and projections
-    projection: bool = False
-    parts: Parts = field(default_factory=Parts)
-
-
 def find_branches(
     model: nn.Module,
     example_inputs: Any,
@@ -140,7 +127,7 @@ def trace(
     declared = set(chosen[2] or ()) | {
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
-    found, doubtful = _residuals(graph, _declared_nodes(graph, declared))
+    found, doubtful = residual_additions(graph, _declared_nodes(graph, declared))
     for residual in found:
         residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
     names = _unique([residual.parts.owner for residual in found])
@@ -156,7 +143,7 @@ def trace(
     return _assemble(graph, found, names)
 
 
-def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
+def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
     streams = _streams(graph, found)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
     sides, shared = _sides(graph, found, names)
@@ -170,7 +157,7 @@ def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
                 stream=streams[i],
                 position=streams[:i].count(streams[i]),
                 depth=depths[streams[i]],
-                skip="projection" if residual.projection else "identity",
+                skip="projection" if _has_weights(graph, residual) else "identity",
                 levels=residual.parts.levels,
                 inner=tuple(inner),
                 outer=tuple(outer),
@@ -192,176 +179,20 @@ def _assemble(graph: Graph, found: list[_Residual], names: list[str]) -> Trace:
     )
 
 
-# Which additions are residual
+def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
+    """Whether the shortcut has weight operations of its own."""
+    only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch]
+    return residual.projection and any(only >> i & 1 for i, weight in enumerate(graph.is_weight_operation) if weight)
 
 
-def _residuals(graph: Graph, declared: dict[int, str]) -> tuple[list[_Residual], list[int]]:
-    """The residual additions in forward order, and the sums that may or may not be."""
-    masks = _Masks.of(graph)
-    candidates: dict[int, _Residual] = {}
-    doubtful: list[int] = []
-    waiting = dict(declared)
-    for node, kind in enumerate(graph.kind):
-        operands = [i for i in graph.inputs[node] if i >= 0]
-        if not kind.startswith(("AddBackward", "SubBackward")) or len(set(operands)) != 2 or not graph.data[node]:
-            continue
-        found = _declared(graph, node, operands, waiting) or _candidate(graph, node, operands, candidates, masks)
-        if isinstance(found, _Residual):
-            candidates[node] = found
-        elif found == "doubtful":
-            doubtful.append(node)
-    if waiting:
-        raise TracingError(
-            f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
-            "anything. Name the module whose output is an operand of the addition"
-        )
-    accepted = _accept(graph, candidates, set(declared))
-    inside = [residual for residual in accepted if not residual.projection]
-    doubtful = [
-        node
-        for node in doubtful
-        if not any(graph.reaches(r.branch, node) and graph.reaches(node, r.start) for r in inside)
-        and not any(graph.reaches(node, r.node) and _beside(graph, node, r.node) for r in accepted)
-    ]
-    return accepted, doubtful
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """Bit sets over the nodes of a graph."""
-
-    weights: int
-    nonlinear: int
-    data: int
-
-    @staticmethod
-    def of(graph: Graph) -> _Masks:
-        weights = nonlinear = data = 0
-        for i, kind in enumerate(graph.kind):
-            if not graph.data[i]:
-                continue
-            data |= 1 << i
-            if graph.is_weight_operation[i]:
-                weights |= 1 << i
-            product = kind.startswith(("MulBackward", "DivBackward")) and len(graph.data_inputs(i)) > 1
-            plain = graph.is_weight_operation[i] or LINEAR.match(kind) or NORM.match(kind) or kind == "AccumulateGrad"
-            if product or not (plain or len(graph.data_inputs(i)) == 0):
-                nonlinear |= 1 << i
-        return _Masks(weights, nonlinear, data)
-
-
-def _candidate(
-    graph: Graph, node: int, operands: list[int], candidates: dict[int, _Residual], masks: _Masks
-) -> _Residual | Literal["doubtful"] | None:
-    if graph.is_scalar[node]:
-        return None
-    for skip, branch in (operands, operands[::-1]):
-        if graph.reaches(branch, skip):
-            between = graph.ancestors[branch] & ~graph.ancestors[skip]
-            # A parameter that many additions use is an embedding or a bias; one that a single addition uses may be
-            # the start of a stream, such as the latents of a Perceiver.
-            used = graph.data[skip] or sum(graph.kind[i].startswith("Add") for i in graph.consumers[skip]) == 1
-            return _Residual(node, branch, skip, skip) if between & masks.weights and used else None
-    if not all(graph.data[i] for i in operands):
-        return None
-    climbed = _sum_of_branches(graph, node, operands, candidates, masks)
-    return climbed or _short_way(graph, node, operands, masks)
-
-
-def _sum_of_branches(
-    graph: Graph, node: int, operands: list[int], candidates: dict[int, _Residual], masks: _Masks
-) -> _Residual | None:
-    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is."""
-    for skip, branch in (operands, operands[::-1]):
-        start, climbed = skip, False
-        while start in candidates and not graph.reaches(branch, start):
-            start, climbed = candidates[start].start, True
-        between = graph.ancestors[branch] & ~graph.ancestors[start]
-        if climbed and graph.reaches(branch, start) and between & masks.weights:
-            return _Residual(node, branch, skip, start)
-    return None
-
-
-def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> _Residual | Literal["doubtful"] | None:
-    """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
-    first, second = operands
-    if not graph.ancestors[first] & graph.ancestors[second] & masks.data:
-        return None
-    only = [graph.ancestors[a] & ~graph.ancestors[b] for a, b in (operands, operands[::-1])]
-    weights = [(side & masks.weights).bit_count() for side in only]
-    nonlinear = [bool(side & masks.nonlinear) for side in only]
-    for i, (skip, branch) in enumerate((operands, operands[::-1])):
-        if nonlinear[i] or weights[1 - i] == 0:
-            continue
-        if weights[i] == 0:
-            return _Residual(node, branch, skip, skip, projection=True)
-        if nonlinear[1 - i] and weights[i] < weights[1 - i]:
-            return _Residual(node, branch, skip, skip, projection=True)
-    return "doubtful" if any(nonlinear) and all(weights) else None
-
-
-def _accept(graph: Graph, candidates: dict[int, _Residual], declared: set[int]) -> list[_Residual]:
-    """Candidates, outermost first, less those that only look residual.
-
-    An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
-    all layers add to their attention scores reaches later scores through the stream, but comes from outside.
-    """
-    accepted: list[_Residual] = []
-    for node in sorted(candidates, reverse=True):
-        candidate = candidates[node]
-        if not any(
-            outer.start < node
-            and not outer.projection
-            and graph.reaches(outer.branch, node)
-            and graph.reaches(node, outer.start)
-            and not graph.reaches(candidate.start, outer.start)
-            for outer in accepted
-        ):
-            accepted.append(candidate)
-    nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
-    return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
-
-
-def _is_long_skip(graph: Graph, residual: _Residual, nodes: set[int]) -> bool:
-    """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
-    if residual.projection:
-        only = graph.ancestors[residual.branch] & ~graph.ancestors[residual.skip]
-        return any(only >> node & 1 for node in nodes)
-    return any(
-        graph.reaches(node, residual.start) and node != residual.start
-        for node in _nearest_additions(graph, residual.branch, nodes, stop=residual.start)
-    )
-
-
-def _nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
-    """The residual additions that a value comes from by other than weight operations (these only where ``within``)."""
-    pending, seen, found = [node], {node}, []
-    while pending:
-        i = pending.pop()
-        if i in nodes:
-            found.append(i)
-        elif i != stop and (not graph.is_weight_operation[i] or within >> i & 1):
-            fresh = [j for j in graph.data_inputs(i) if j not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-    return found
-
-
-def _beside(graph: Graph, node: int, residual: int) -> bool:
-    """Whether a residual addition lies on one side only of a doubtful sum: then it joins streams, and is none itself."""
-    first, second = (i for i in graph.inputs[node] if i >= 0)
-    return graph.reaches(first, residual) != graph.reaches(second, residual)
-
-
-def _refuse_doubtful(doubtful: Iterable[int], graph: Graph, found: list[_Residual]) -> None:
+def _refuse_doubtful(doubtful: Iterable[int], graph: Graph, found: list[ResidualAddition]) -> None:
     for node in doubtful:
         addition = graph.additions.get(node)
         where = next((name for name in reversed(addition.modules) if name), "") if addition else ""
         raise AmbiguousBranchError(
             f"{where or 'the model'}: the sum of two nonlinear paths has no skip that could be told from the branch. "
-            f"Name the branch: branches=['{where + '.' if where else ''}<module whose output it is>'], or leave the sum "
-            f"alone: exclude=['{where or '*'}']"
+            f"Name the branch: branches=['{where + '.' if where else ''}<module whose output it is>'], or leave the "
+            f"sum alone: exclude=['{where or '*'}']"
         )
 
 
@@ -400,37 +231,35 @@ def _declared_nodes(graph: Graph, declared: set[str]) -> dict[int, str]:
     return nodes
 
 
-def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> _Residual | None:
-    """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
-    for skip, branch in (operands, operands[::-1]):
-        i, steps = branch, [branch]
-        while i not in waiting and LINEAR.match(graph.kind[i]) and len(graph.data_inputs(i)) == 1:
-            i = graph.data_inputs(i)[0]
-            steps.append(i)
-        if i in waiting:
-            del waiting[i]
-            return _Residual(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
-    return None
-
-
 # Streams, sides and names
 
 
-def _streams(graph: Graph, found: list[_Residual]) -> list[int]:
+def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
     """The stream of each addition: that of the additions its skip comes from, else a new one."""
     stream_of: dict[int, int] = {}
     nodes = {residual.node for residual in found}
     streams = []
+    # A branch that contains residual additions holds a stream of its own.
+    holder = {
+        inner.node: min(
+            (o for o in found if inner.node in o.parts.nodes), key=lambda o: len(o.parts.nodes), default=None
+        )
+        for inner in found
+    }
     for residual in found:
         only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch] if residual.projection else 0
-        before = [n for n in _nearest_additions(graph, residual.skip, nodes, within=only) if n in stream_of]
+        before = [
+            node
+            for node in nearest_additions(graph, residual.skip, nodes, within=only)
+            if node in stream_of and holder[node] is holder[residual.node]
+        ]
         stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
         streams.append(stream_of[residual.node])
     return streams
 
 
 def _sides(
-    graph: Graph, found: list[_Residual], names: list[str]
+    graph: Graph, found: list[ResidualAddition], names: list[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
     """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the shared weights."""
     users: dict[str, dict[int, int]] = {}
@@ -466,7 +295,7 @@ def _unique(owners: list[str]) -> list[str]:
     ]
 
 
-def _site(graph: Graph, residual: _Residual) -> tuple[int, int] | None:
+def _site(graph: Graph, residual: ResidualAddition) -> tuple[int, int] | None:
     addition = graph.additions.get(residual.node)
     if addition is None or residual.branch not in addition.operands:
         return None
