@@ -1,0 +1,305 @@
+"""Every model of the zoo: its branches are those counted by hand, and scaling them does what it says, no more."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blocks import plain_mlp
+from models import ZOO, Entry, entry
+from torch import Tensor, nn
+
+import torch_depthmup as dm
+
+
+def possible(network: Entry, how: str) -> bool:
+    """Whether the network's branches can be scaled in this way."""
+    return network.linear if how == "fold" else network.wraps
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a ``network`` run once for each entry, tests of ``how`` too once for each way that it allows."""
+    if "network" not in metafunc.fixturenames:
+        return
+    ways = ("fold", "wrap") if "how" in metafunc.fixturenames else ("",)
+    cases = []
+    for e in ZOO:
+        skip = pytest.mark.skipif(not e.available, reason=f"{e.requires} is not installed")
+        for how in ways:
+            if not how or possible(e, how):
+                values, name = ((e, how), f"{e.name}-{how}") if how else ((e,), e.name)
+                cases.append(pytest.param(*values, id=name, marks=[skip]))
+    metafunc.parametrize(("network", "how") if len(ways) > 1 else ("network",), cases)
+
+
+def ends_with(name: str, end: str) -> bool:
+    """Whether a module path ends in these components."""
+    return f".{name}".endswith(f".{end}")
+
+
+def module_of(parameter: str) -> str:
+    """A parameter's name without ``.weight`` or ``.bias``, and without its number in a ParameterList."""
+    return re.sub(r"\.(weight|bias|\d+)$", "", parameter)
+
+
+# Finding
+
+
+def test_branches_are_those_counted_by_hand(network: Entry) -> None:
+    branches = dm.find_branches(network.build(), network.inputs())
+    depths = network.depths[network.size]
+    positions = [[b.position for b in branches if b.stream == stream] for stream in range(len(depths))]
+    assert positions == [list(range(depth)) for depth in depths]
+    assert all(b.depth == depths[b.stream] for b in branches)
+    assert {b.levels for b in branches} == network.levels
+    assert sum(b.skip == "projection" for b in branches) == network.projections
+
+
+def test_carriers_are_the_last_parametrised_operations(network: Entry) -> None:
+    branches = dm.find_branches(network.build(), network.inputs())
+    used = {end for b in branches for name in b.carrier for end in network.carriers if ends_with(module_of(name), end)}
+    unexpected = [
+        name for b in branches for name in b.carrier if not any(ends_with(module_of(name), e) for e in network.carriers)
+    ]
+    assert not unexpected
+    assert used == network.carriers
+    assert all(bool(b.carrier) == network.linear for b in branches)
+
+
+def test_each_parameter_has_one_side_in_one_branch(network: Entry) -> None:
+    model = network.build()
+    branches = dm.find_branches(model, network.inputs())
+    sides = [name for b in branches for name in (*b.inner, *b.outer)]
+    assert len(sides) == len(set(sides))
+    assert set(sides) <= {name for name, _ in model.named_parameters()}
+    assert all(set(b.carrier) <= set(b.outer) for b in branches)
+    assert all(bool(b.inner) or b.levels == 1 for b in branches)
+
+
+def test_meta_gives_the_same_branches(network: Entry) -> None:
+    model = network.build_on_meta()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert dm.find_branches(model, network.meta_inputs()) == dm.find_branches(network.build(), network.inputs())
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_tracing_leaves_the_model_as_it_was(network: Entry) -> None:
+    model, inputs = network.build().train(), network.inputs()
+    modules = list(model.modules())
+    modules[-1].eval()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[-1].grad = torch.ones_like(parameters[-1])
+    model.register_forward_hook(lambda *_: None)
+    values = {name: tensor.clone() for name, tensor in state(model).items()}
+    before = surroundings(model, inputs)
+    dm.find_branches(model, inputs)
+    assert surroundings(model, inputs) == before
+    assert_same_tensors(state(model), values)
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(parameters[-1].grad, torch.ones_like(parameters[-1]))
+    assert all(p.grad is None for p in parameters[:-1])
+
+
+def test_a_frozen_model_without_gradients_is_read_all_the_same(network: Entry) -> None:
+    model, inputs = network.build(), network.inputs()
+    expected = dm.find_branches(model, inputs)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        assert dm.find_branches(model, inputs) == expected
+        assert not torch.is_grad_enabled()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_sums_of_parallel_linear_layers_are_not_residual() -> None:
+    assert dm.find_branches(plain_mlp(3), torch.randn(2, 8)) == ()
+
+
+def test_exclude_leaves_the_other_branches_alone() -> None:
+    network = entry("encoder-pre-norm")
+    model = network.build()
+    branches = dm.find_branches(model, network.inputs())
+    kept = dm.find_branches(model, network.inputs(), exclude="*.self_attn")
+    assert [b.carrier for b in kept] == [b.carrier for b in branches if "self_attn" not in b.carrier[0]]
+    assert [b.depth for b in kept] == [3, 3, 3]
+
+
+# Scaling
+
+
+def test_every_branch_is_multiplied(network: Entry, how: str) -> None:
+    model, reference, plain = scaled_by_hand(network)
+    parametrize(model, network, how)
+    if how == "wrap":
+        assert_same_tensors(state(model), state(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    compare(model, reference, plain, network)
+
+
+def test_at_the_base_depth_nothing_changes(network: Entry, how: str) -> None:
+    model = network.build()
+    before, inputs = copy.deepcopy(model), network.inputs()
+    dm.parametrize(model, base=network.build(), example_inputs=inputs, how=how)
+    assert_same_tensors(state(model), state(before))
+    assert torch.equal(output(model, inputs), output(before, inputs))
+
+
+def test_undo_gives_the_plain_model_back(network: Entry, how: str) -> None:
+    model, _, plain = scaled_by_hand(network)
+    parametrize(model, network, how)
+    dm.undo(model)
+    for name, tensor in state(model).items():
+        torch.testing.assert_close(tensor, state(plain)[name], rtol=4 * torch.finfo(network.dtype).eps, atol=0)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert hooks(model) == hooks(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [(e.name, how) for e in ZOO for how in ("fold", "wrap") if not possible(e, how)]
+)
+def test_what_cannot_be_done_is_refused(name: str, how: str) -> None:
+    network = entry(name)
+    if not network.available:
+        pytest.skip(f"{network.requires} is not installed")
+    model, _, plain = scaled_by_hand(network)
+    other = "wrap" if how == "fold" else "fold"
+    with pytest.raises(dm.DepthMuPError, match=other):
+        parametrize(model, network, how)
+    assert_same_tensors(state(model), state(plain))
+    assert hooks(model) == hooks(plain)
+
+
+def test_a_gain_that_starts_at_zero_is_wrapped_too() -> None:
+    """Zero stays zero; the multiplier shows once the gain has moved."""
+    network = entry("bottleneck")
+    model = network.build().double().eval()
+    gains = [module.weight for name, module in model.named_modules() if name.endswith("bn3")]
+    for gain in gains:
+        nn.init.zeros_(gain)
+    plain = copy.deepcopy(model)
+    dm.parametrize(model, base_depth=2, example_inputs=exact(network.inputs(), network), how="wrap")
+    assert_same_tensors(state(model), state(plain))
+    wrapped, by_hand = model.stages[1], plain.stages[1]
+    for module in (wrapped, by_hand):
+        nn.init.ones_(module.bn3.weight)
+    x = torch.rand(2, 8, 4, 4, dtype=torch.float64)  # positive, so that the block's ReLU passes the skip
+    branch = by_hand(x + 100) - (x + 100)
+    torch.testing.assert_close(wrapped(x + 100) - (x + 100), branch * 0.5, rtol=1e-10, atol=1e-12)
+
+
+def test_a_gain_that_starts_at_zero_learns_with_the_folded_multiplier() -> None:
+    network = entry("rezero")
+    model = network.build()
+    plan = dm.parametrize(model, base_depth=2, example_inputs=network.inputs())
+    assert all(block.alpha.item() == 0 for block in model.blocks)
+    # Adam's step is that of the outer side, r ** (-1/2), times the folded m = r ** (-1/2), with r = 6 / 2.
+    assert plan.multipliers("blocks.0.alpha", "adam").lr == pytest.approx(1 / 3)
+
+
+# Helpers
+
+
+def scaled_by_hand(network: Entry) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A model, the same with all its branches multiplied by hand, and the same as it was; no parameter is zero.
+
+    The multiplier of depth-muP is (base depth / depth) ** (1/2), with the depths counted by hand. It is put on what the
+    carrier's module returns, by a hook, or into the bare parameter where no module returns it.
+    """
+    plain = network.build().to(network.dtype).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():  # zero gains hide what they multiply
+            parameter += (parameter == 0) * 0.1 * torch.randn_like(parameter)
+    model, reference = copy.deepcopy(plain), copy.deepcopy(plain)
+    modules, parameters = dict(reference.named_modules()), dict(reference.named_parameters())
+    for b in dm.find_branches(reference, exact(network.inputs(), network)):
+        multiplier = (network.depths[network.base][b.stream] / network.depths[network.size][b.stream]) ** 0.5
+        targets = list(dict.fromkeys(module_of(name) for name in b.carrier))
+        if network.outputs:
+            targets = [name for name in modules if name.startswith(b.name) and ends_with(name, network.outputs)]
+            assert len(targets) == 1
+        for target in targets:
+            owner = modules.get(target.rpartition(".")[0])
+            bare = target not in modules or isinstance(modules[target], nn.ParameterList)
+            if not bare and not isinstance(owner, nn.MultiheadAttention):  # it never calls its output projection
+                modules[target].register_forward_hook(lambda _, __, value, m=multiplier: value * m)
+                continue
+            for name in b.carrier:
+                if module_of(name) == target:
+                    parameters[name].data.mul_(multiplier)
+    return model, reference, plain
+
+
+def parametrize(model: nn.Module, network: Entry, how: str) -> Any:
+    """`dm.parametrize` against the entry's base."""
+    base = network.build(network.base).to(network.dtype)
+    return dm.parametrize(model, base=base, example_inputs=exact(network.inputs(), network), how=how)
+
+
+def compare(model: nn.Module, reference: nn.Module, plain: nn.Module, network: Entry) -> None:
+    """The model computes what the reference does, and what differs from the plain one is far above rounding."""
+    inputs = exact(network.inputs(), network)
+    got, wanted, unscaled = (output(m, inputs) for m in (model, reference, plain))
+    size = (wanted - unscaled).norm()
+    rounding = torch.finfo(network.dtype).eps
+    assert size > 1e6 * rounding * wanted.norm() * (1e-2 if network.dtype == torch.float32 else 1)
+    assert (got - wanted).norm() < 1e-3 * size
+
+
+def output(model: nn.Module, inputs: Any) -> Tensor:
+    """The first output, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        if isinstance(inputs, dict):
+            value = model(**inputs)
+        else:
+            value = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def exact(value: Any, network: Entry) -> Any:
+    """Inputs in the entry's most exact dtype."""
+    if isinstance(value, Tensor):
+        return value.to(network.dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: exact(item, network) for key, item in value.items()}
+    return tuple(exact(item, network) for item in value) if isinstance(value, tuple) else value
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those outside the state_dict too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_same_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Same names, same bits."""
+    assert got.keys() == wanted.keys()
+    assert [name for name in got if not torch.equal(got[name], wanted[name])] == []
+
+
+def hooks(model: nn.Module) -> list[tuple[int, ...]]:
+    """How many hooks of each kind every module has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return [tuple(len(getattr(module, kind)) for kind in kinds) for module in model.modules()]
+
+
+def surroundings(model: nn.Module, inputs: Any) -> list[Any]:
+    """All that a forward pass could leave behind, but for the values of parameters and buffers."""
+    global_hooks = torch.nn.modules.module
+    tensors = [t for t in (inputs.values() if isinstance(inputs, dict) else [*inputs]) if isinstance(t, Tensor)]
+    return [
+        [module.training for module in model.modules()],
+        [sorted(vars(module)) for module in model.modules()],
+        hooks(model),
+        [parameter.requires_grad for parameter in model.parameters()],
+        [(t.requires_grad, t.sum().item()) for t in tensors],
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [str(item) for item in np.random.get_state()],
+        (len(global_hooks._global_forward_hooks), len(global_hooks._global_forward_pre_hooks)),
+        torch.is_grad_enabled(),
+    ]
