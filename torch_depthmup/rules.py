@@ -69,12 +69,10 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise PlanError(f"a Rule needs a name, a non-empty string, not {self.name!r}")
-        if self.sgd is None:
-            object.__setattr__(self, "sgd", 2 * self.alpha - 1)
-        if self.adam is None:
-            object.__setattr__(self, "adam", self.alpha - 1)
         for label in ("alpha", "correction", "sgd", "adam"):
             value = getattr(self, label)
+            if value is None and label in ("sgd", "adam"):
+                value = 2 * self.alpha - 1 if label == "sgd" else self.alpha - 1
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise PlanError(f"Rule({self.name!r}): {label} must be a finite number, not {value!r}")
             object.__setattr__(self, label, float(value))
