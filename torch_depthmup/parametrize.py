@@ -79,7 +79,8 @@ def parametrize(
             "residual additions> (for the base itself, its own depth)"
         )
     options = {"include": include, "exclude": exclude, "branches": branches}
-    found = _no_trace() if example_inputs is None else trace(model, example_inputs, **options)
+    with widths.shaped(model):
+        found = _no_trace() if example_inputs is None else trace(model, example_inputs, **options)
     if rule.scales_depth and not found.branches:
         raise PlanError(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
@@ -129,7 +130,9 @@ def _streams(
 ) -> tuple[Stream, ...]:
     if base is None or not rule.scales_depth:
         return streams_at(found.branches, base_depth if rule.scales_depth else None)
-    return match_streams(found.branches, trace(base, inputs, **options).branches)
+    base = unwrap(base)
+    with widths.shaped(base):
+        return match_streams(found.branches, trace(base, inputs, **options).branches)
 
 
 def _widths(
@@ -160,9 +163,7 @@ def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_s
     multipliers = [plan.branch_multiplier(branch) for branch in plan.branches]
     with _restored_on_error(model, {name: parameters[name] for name in touched}), torch.no_grad():
         if set_shapes:
-            for entry in plan.entries:
-                assert entry.width is not None
-                setattr(parameters[entry.name], "infshape", widths.to_infshape(entry.width))  # noqa: B010
+            widths.set_shapes(model, {entry.name: entry.width for entry in plan.entries if entry.width})
         for name in touched:
             parameters[name].mul_(width[name])
         if all(m == 1.0 for m in multipliers):
@@ -180,7 +181,7 @@ def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_s
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    shapes = {name: getattr(p, "infshape", None) for name, p in model.named_parameters()}
+    had_shapes = any(hasattr(parameter, "infshape") for parameter in model.parameters())
     try:
         yield
     except BaseException:
@@ -188,9 +189,8 @@ def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> It
             for name, value in saved.items():
                 parameters[name].copy_(value)
         _take_off(model)
-        for name, parameter in model.named_parameters():
-            if shapes[name] is None and hasattr(parameter, "infshape"):
-                delattr(parameter, "infshape")
+        if not had_shapes:
+            widths.clear_shapes(model)
         raise
 
 
@@ -340,8 +340,8 @@ def undo(model: nn.Module) -> None:
             if entry.scale != 1.0:
                 wide = parameter.double() if parameter.device.type != "mps" else parameter.float()
                 parameter.copy_(wide / entry.scale)
-            if handle.set_shapes:
-                delattr(parameter, "infshape")
+    if handle.set_shapes:
+        widths.clear_shapes(owner)
     _take_off(owner)
     del vars(owner)[ATTRIBUTE]
     _Handle.alive.discard(owner)

@@ -331,7 +331,7 @@ def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
         raise PlanError(
             f"{name} is used by {len(users)} branches ({', '.join(users[:4])}) or by a branch and the rest of the "
             "network: with tied weights no rule gives its learning rate. Untie it, or leave these branches alone: "
-            f"exclude=[{', '.join(repr(user) for user in users[:4])}]"
+            f"exclude={sorted({user.partition('#')[0] or '*' for user in users})[:4]}"
         )
 
 
@@ -363,5 +363,5 @@ def _refuse_without_carrier(trace: Trace, streams: tuple[Stream, ...], rule: Rul
             raise PlanError(
                 f"{branch.name}: the branch is not linear in its last parameters (a gate, an activation or a "
                 "reparametrized weight comes last), so its multiplier cannot be folded. Write how='wrap', or "
-                f"exclude=['{branch.name}']"
+                f"exclude=['{branch.name.partition('#')[0] or '*'}']"
             )

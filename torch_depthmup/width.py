@@ -6,9 +6,10 @@ parameters are matched by structure, so that the base may be shallower too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mup
 from mup.infshape import InfDim, InfShape
@@ -19,7 +20,7 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.graph import normalise_name
 from torch_depthmup.rules import Width
 
-__all__ = ["from_base_shapes", "initial_scales", "match", "readout_multipliers", "to_infshape"]
+__all__ = ["from_base_shapes", "initial_scales", "clear_shapes", "match", "readout_multipliers", "set_shapes", "shaped"]
 
 
 def from_base_shapes(model: nn.Module) -> dict[str, Width] | None:
@@ -48,48 +49,100 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
     """Widths from a base model of the same family, of any depth; ``None`` where no dimension differs.
 
     A parameter is matched with the base's parameter of the same name, or, in a block that the base does not have, with
-    the last block of the base in its place.
+    the last block of the same structure in its place.
 
     Raises:
-        PlanError: a parameter has no counterpart, or one of another number of dimensions.
+        PlanError: a parameter has no counterpart, or one that is wider, or whose ratio occurs nowhere else.
     """
     shapes = {normalise_name(name): tuple(p.shape) for name, p in base.named_parameters()}
-    widths, differs = {}, False
-    for name, parameter in model.named_parameters():
-        counterpart = _counterpart(normalise_name(name), shapes)
-        if counterpart is None or len(shapes[counterpart]) != parameter.ndim:
+    ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    structure = _Structure([normalise_name(name) for name in ours]), _Structure(list(shapes))
+    exact: set[str] = set()
+    counterparts = {name: _counterpart(normalise_name(name), *structure, exact) for name in ours}
+    same = [name for name, other in counterparts.items() if other == normalise_name(name) and other in exact]
+    ratios = {dim / b for name in same for dim, b in zip(ours[name], shapes[counterparts[name] or ""], strict=False)}
+    if same and ratios == {1.0}:
+        return None  # what differs elsewhere is a first block beside a later one, not a width
+    widths = {}
+    for name, dims in ours.items():
+        base_dims = shapes.get(counterparts[name] or "")
+        if base_dims is None or len(base_dims) != len(dims) or any(d < b for d, b in zip(dims, base_dims, strict=True)):
             raise PlanError(
-                f"{name} {tuple(parameter.shape)} has no counterpart in the base"
-                + (f" ({counterpart} is {shapes[counterpart]})" if counterpart else "")
-                + ". The base must be of the same family: build both with the same code, shallower and narrower"
+                f"{name} {dims} has no counterpart in the base"
+                + (f" ({counterparts[name]} is {base_dims})" if base_dims is not None else "")
+                + ". The base must be of the same family, and not wider: build both with the same code"
             )
-        pairs = list(zip(parameter.shape, shapes[counterpart], strict=True))
-        infinite = [i for i, (dim, base_dim) in enumerate(pairs) if dim != base_dim]
-        differs = differs or bool(infinite)
-        bases = tuple(base_dim if i in infinite else None for i, (_, base_dim) in enumerate(pairs))
-        widths[name] = Width(tuple(parameter.shape), bases, infinite[-1] if infinite else None)
-    return widths if differs else None
+        infinite = [i for i, (dim, base_dim) in enumerate(zip(dims, base_dims, strict=True)) if dim != base_dim]
+        if any(dims[i] / base_dims[i] not in ratios for i in infinite):
+            raise PlanError(
+                f"{name} {dims} would be measured against {counterparts[name]} {base_dims} of the base, a block of "
+                "another shape. Give the base at least one more block in this stage"
+            )
+        bases = tuple(b if i in infinite else None for i, b in enumerate(base_dims))
+        widths[name] = Width(dims, bases, infinite[-1] if infinite else None)
+    return widths
 
 
-def _counterpart(name: str, shapes: Mapping[str, object]) -> str | None:
-    if name in shapes:
-        return name
-    # Same path but for one number: the last such block, since the first of a stage may have another shape.
-    siblings = []
-    for number in re.finditer(r"\d+", name):
-        before, after = name[: number.start()], name[number.end() :]
-        for other in shapes:
-            middle = other[len(before) : len(other) - len(after)]
-            if other.startswith(before) and other.endswith(after) and middle.isdigit():
-                siblings.append((int(middle), other))
-        if siblings:
-            return max(siblings)[1]
-    return None
+class _Structure:
+    """Parameter names by what stands before a number: which numbers there are, and what follows each of them."""
+
+    def __init__(self, names: list[str]):
+        self.after: dict[str, dict[int, set[str]]] = {}
+        for name in names:
+            for number in re.finditer(r"\d+", name):
+                followers = self.after.setdefault(name[: number.start()], {})
+                followers.setdefault(int(number.group()), set()).add(re.sub(r"\d+", "#", name[number.end() :]))
 
 
-def to_infshape(width: Width) -> InfShape:
-    """The parameter's dimensions as ``mup`` keeps them on ``parameter.infshape``."""
-    return InfShape(InfDim(base, dim) for base, dim in zip(width.base, width.dims, strict=True))
+def _counterpart(name: str, ours: _Structure, theirs: _Structure, exact: set[str]) -> str | None:
+    """The base's name for a parameter: number by number, the same one or the last with the same structure behind it.
+
+    Names all of whose numbers have the same structure behind them are noted in ``exact``.
+    """
+    here = there = ""
+    alike = True
+    for text, number in re.findall(r"(\D*)(\d*)", name):
+        here, there = here + text, there + text
+        if number:
+            wanted, offered = ours.after[here][int(number)], theirs.after.get(there, {})
+            same = [i for i, followers in offered.items() if followers == wanted]
+            # A first block may have a shortcut more than the later ones.
+            larger = [i for i, followers in offered.items() if followers > wanted]
+            if not same and not larger:
+                return None
+            alike = alike and bool(same)
+            here, there = here + number, there + (number if int(number) in same else str(max(same or larger)))
+    if alike:
+        exact.add(there)
+    return there
+
+
+def set_shapes(model: nn.Module, widths: Mapping[str, Width]) -> None:
+    """Leaves the widths on the parameters in ``mup``'s vocabulary, as ``parameter.infshape``."""
+    for name, parameter in model.named_parameters():
+        dims = zip(widths[name].base, widths[name].dims, strict=True)
+        setattr(parameter, "infshape", InfShape(InfDim(base, dim) for base, dim in dims))  # noqa: B010
+
+
+@contextlib.contextmanager
+def shaped(model: nn.Module) -> Iterator[None]:
+    """A model as its own base for as long as it is run: ``mup.MuReadout`` asks for base shapes. Present ones stay."""
+    if from_base_shapes(model) is not None:
+        yield
+        return
+    own = {name: Width(tuple(p.shape), (None,) * p.ndim, None) for name, p in model.named_parameters()}
+    set_shapes(model, own)
+    try:
+        yield
+    finally:
+        clear_shapes(model)
+
+
+def clear_shapes(model: nn.Module) -> None:
+    """Takes ``infshape`` off every parameter."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "infshape"):
+            delattr(parameter, "infshape")
 
 
 def readout_multipliers(model: nn.Module, widths: Mapping[str, Width]) -> dict[str, float]:
@@ -103,16 +156,14 @@ def readout_multipliers(model: nn.Module, widths: Mapping[str, Width]) -> dict[s
     """
     found = {}
     users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    for name, module in model.named_modules():
-        weight = f"{name}.weight".lstrip(".")
-        if not isinstance(module, nn.Linear) or isinstance(module, mup.MuReadout) or weight not in widths:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or isinstance(module, mup.MuReadout):
             continue
-        if widths[weight].base[0] is None and widths[weight].base[1] is not None:
-            shared = users[id(module.weight)]
+        shared = users.get(id(module.weight), [])
+        weight = next((name for name in shared if name in widths), None)
+        if weight and widths[weight].base[0] is None and widths[weight].base[1] is not None:
             if len(shared) > 1:
                 raise PlanError(
                     f"{weight} reads out of a width and is shared by {', '.join(shared)}, so width's multiplier cannot "

@@ -1,0 +1,130 @@
+"""Width from a narrower base, against what ``mup.set_base_shapes`` does to the same model."""
+
+from __future__ import annotations
+
+import copy
+
+import mup
+import pytest
+import torch
+from blocks import PreNorm
+from torch import nn
+
+import torch_depthmup as dm
+from torch_depthmup.errors import PlanError
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def net(depth: int, width: int, readout: type[nn.Linear] = nn.Linear) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(8, width), *[PreNorm(width) for _ in range(depth)], readout(width, 3))
+
+
+def test_a_narrow_base_gives_the_network_and_the_groups_of_mup() -> None:
+    ours, theirs = net(3, 48, mup.MuReadout), net(3, 48, mup.MuReadout)
+    mup.set_base_shapes(theirs, net(3, 16, mup.MuReadout), delta=net(3, 32, mup.MuReadout))
+    plan = dm.parametrize(ours, base=net(3, 16, mup.MuReadout), example_inputs=X)
+    assert {name: p.infshape for name, p in ours.named_parameters()} == {
+        name: p.infshape for name, p in theirs.named_parameters()
+    }
+    torch.testing.assert_close(ours(X), theirs(X))
+    reference = {id(p): g for g in mup.MuSGD(theirs.parameters(), lr=1.0).param_groups for p in g["params"]}
+    for name, parameter in theirs.named_parameters():
+        assert plan.multipliers(name, "sgd").lr == pytest.approx(reference[id(parameter)]["lr"])
+
+
+def test_a_plain_linear_readout_computes_what_mureadout_computes() -> None:
+    plain, readout = net(3, 48), net(3, 48, mup.MuReadout)
+    for model in (plain, readout):
+        base = net(3, 16, mup.MuReadout if model is readout else nn.Linear)
+        dm.parametrize(model, base=base, example_inputs=X)
+    torch.testing.assert_close(plain(X), readout(X))
+    plan = dm.plan_of(plain)
+    assert plan["4.weight"].folded == pytest.approx(1 / 3)
+    assert plan.multipliers("4.weight", "sgd").lr == pytest.approx(1 / 3)  # 3 of mup, 1/9 of the fold
+    assert plan.multipliers("4.weight", "adamw").lr == pytest.approx(1 / 3)
+
+
+def test_one_base_sets_both_depth_and_width() -> None:
+    plan = dm.parametrize(net(8, 64), base=net(2, 16), example_inputs=X)
+    assert plan.streams[0].ratio == 4
+    # Adam: inner 1 in depth and 1/4 in width; outer 1/2 of the rule, 1/2 of the fold, 1/4 of the width
+    assert plan.multipliers("7.fc1.weight", "adamw").lr == pytest.approx(1 / 4)
+    assert plan.multipliers("7.fc2.weight", "adamw").lr == pytest.approx(1 / 16)
+
+
+def test_base_shapes_that_are_there_are_kept() -> None:
+    model = net(4, 48, mup.MuReadout)
+    mup.set_base_shapes(model, net(4, 16, mup.MuReadout), delta=net(4, 32, mup.MuReadout))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plan = dm.parametrize(model, base=net(1, 24, mup.MuReadout), example_inputs=X)
+    assert plan["1.fc1.weight"].width.base == (32, 16)
+    carriers = {name for b in plan.branches for name in b.carrier}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name not in carriers)
+
+
+def test_the_plan_keeps_widths_that_attributes_lose() -> None:
+    model = net(2, 48, mup.MuReadout)
+    mup.set_base_shapes(model, net(2, 16, mup.MuReadout), delta=net(2, 32, mup.MuReadout))
+    plan = dm.parametrize(model, rule="mup")
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict(), assign=True)
+    assert not any(hasattr(p, "infshape") for p in copied.parameters())
+    assert dm.plan_of(copied).multipliers("1.fc1.weight", "adam") == plan.multipliers("1.fc1.weight", "adam")
+
+
+def test_lost_base_shapes_are_reported() -> None:
+    model = net(2, 48, mup.MuReadout)
+    mup.set_base_shapes(model, net(2, 16, mup.MuReadout), delta=net(2, 32, mup.MuReadout))
+    model[1].fc1.weight = nn.Parameter(model[1].fc1.weight.detach().clone())
+    with pytest.raises(PlanError, match=r"1.fc1.weight .* has no mup base shape"):
+        dm.parametrize(model, rule="mup")
+
+
+def test_undo_takes_width_back() -> None:
+    model, before = net(4, 48), net(4, 48)
+    dm.parametrize(model, base=net(2, 16), example_inputs=X)
+    dm.undo(model)
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=0)
+        assert not hasattr(ours, "infshape")
+
+
+def test_tied_readouts_and_other_families_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.embed, self.block = nn.Embedding(11, width), PreNorm(width)
+            self.head = nn.Linear(width, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.block(self.embed(tokens)))
+
+    tokens = torch.tensor([[1, 2]])
+    with pytest.raises(PlanError, match="MuSharedReadout"):
+        dm.parametrize(Tied(32), base=Tied(16), example_inputs=tokens)
+    assert dm.parametrize(Tied(16), base=Tied(16), example_inputs=tokens)
+    model = net(4, 48)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(PlanError, match="0.weight .* has no counterpart in the base"):
+        base = net(4, 16)
+        base[0] = nn.Linear(8, 16, bias=False)
+        dm.parametrize(model, base=base, example_inputs=X)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_stages_are_matched_block_by_block() -> None:
+    def bottlenecks(per_stage: int, width: int) -> nn.Module:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
+        return ResNet(Bottleneck, [per_stage] * 4, num_classes=5, groups=1, width_per_group=width)
+
+    inputs = torch.randn(2, 3, 32, 32)
+    assert dm.parametrize(bottlenecks(3, 64), base=bottlenecks(1, 64), example_inputs=inputs)["fc.weight"].width is None
+    plan = dm.parametrize(bottlenecks(3, 64), base=bottlenecks(2, 32), example_inputs=inputs)
+    assert plan["layer1.2.conv2.weight"].width.base == (32, 32, None, None)
+    assert plan["layer1.2.conv3.weight"].width.base == (None, 32, None, None)
+    with pytest.raises(PlanError, match="one more block in this stage|no counterpart"):
+        dm.parametrize(bottlenecks(3, 64), base=bottlenecks(1, 32), example_inputs=inputs)
