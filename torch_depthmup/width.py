@@ -57,9 +57,9 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
     shapes = {normalise_name(name): tuple(p.shape) for name, p in base.named_parameters()}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     structure = _Structure([normalise_name(name) for name in ours]), _Structure(list(shapes))
-    exact: set[str] = set()
-    counterparts = {name: _counterpart(normalise_name(name), *structure, exact) for name in ours}
-    same = [name for name, other in counterparts.items() if other == normalise_name(name) and other in exact]
+    found = {name: _counterpart(normalise_name(name), *structure) for name in ours}
+    counterparts = {name: counterpart for name, (counterpart, _) in found.items()}
+    same = [name for name, (counterpart, alike) in found.items() if alike and counterpart == normalise_name(name)]
     ratios = {dim / b for name in same for dim, b in zip(ours[name], shapes[counterparts[name] or ""], strict=False)}
     if same and ratios == {1.0}:
         return None  # what differs elsewhere is a first block beside a later one, not a width
@@ -94,10 +94,10 @@ class _Structure:
                 followers.setdefault(int(number.group()), set()).add(re.sub(r"\d+", "#", name[number.end() :]))
 
 
-def _counterpart(name: str, ours: _Structure, theirs: _Structure, exact: set[str]) -> str | None:
+def _counterpart(name: str, ours: _Structure, theirs: _Structure) -> tuple[str | None, bool]:
     """The base's name for a parameter: number by number, the same one or the last with the same structure behind it.
 
-    Names all of whose numbers have the same structure behind them are noted in ``exact``.
+    Also whether every number had the same structure behind it.
     """
     here = there = ""
     alike = True
@@ -109,12 +109,10 @@ def _counterpart(name: str, ours: _Structure, theirs: _Structure, exact: set[str
             # A first block may have a shortcut more than the later ones.
             larger = [i for i, followers in offered.items() if followers > wanted]
             if not same and not larger:
-                return None
+                return None, False
             alike = alike and bool(same)
             here, there = here + number, there + (number if int(number) in same else str(max(same or larger)))
-    if alike:
-        exact.add(there)
-    return there
+    return there, alike
 
 
 def set_shapes(model: nn.Module, widths: Mapping[str, Width]) -> None:
