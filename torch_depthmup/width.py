@@ -56,13 +56,13 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
     """
     shapes = {normalise_name(name): tuple(p.shape) for name, p in base.named_parameters()}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if _as_wide(ours, shapes):
+        return None
     structure = _Structure([normalise_name(name) for name in ours]), _Structure(list(shapes))
     found = {name: _counterpart(normalise_name(name), *structure) for name in ours}
     counterparts = {name: counterpart for name, (counterpart, _) in found.items()}
     same = [name for name, (counterpart, alike) in found.items() if alike and counterpart == normalise_name(name)]
     ratios = {dim / b for name in same for dim, b in zip(ours[name], shapes[counterparts[name] or ""], strict=False)}
-    if same and ratios == {1.0}:
-        return None  # what differs elsewhere is a first block beside a later one, not a width
     widths = {}
     for name, dims in ours.items():
         base_dims = shapes.get(counterparts[name] or "")
@@ -81,6 +81,15 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
         bases = tuple(b if i in infinite else None for i, b in enumerate(base_dims))
         widths[name] = Width(dims, bases, infinite[-1] if infinite else None)
     return widths
+
+
+def _as_wide(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether every kind of parameter comes in some shape in both: blocks of one stage, beside those of another."""
+    kinds: list[dict[str, set[tuple[int, ...]]]] = [{}, {}]
+    for known, shapes in zip(kinds, (ours, theirs), strict=True):
+        for name, shape in shapes.items():
+            known.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", normalise_name(name)), set()).add(shape)
+    return all(kinds[0][kind] & kinds[1][kind] for kind in kinds[0].keys() & kinds[1].keys())
 
 
 class _Structure:
