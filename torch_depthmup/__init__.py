@@ -2,9 +2,27 @@
 
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
+from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, per_group, rescale
 from torch_depthmup.parametrize import parametrize, plan_of, undo
 from torch_depthmup.plan import Plan
 from torch_depthmup.rules import Rule
 from torch_depthmup.tracing import Branch, find_branches
 
-__all__ = ["Branch", "DepthMuPError", "Plan", "Residual", "Rule", "find_branches", "parametrize", "plan_of", "undo"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Branch",
+    "DepthMuPError",
+    "Muon",
+    "Plan",
+    "Residual",
+    "Rule",
+    "find_branches",
+    "optimizer",
+    "parametrize",
+    "per_group",
+    "plan_of",
+    "rescale",
+    "undo",
+]

@@ -285,9 +285,11 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
         except TracingError:
             raise
         except Exception as error:
+            advice = "Pass inputs it accepts: a tensor, a tuple of positional or a dict of keyword arguments"
+            if "meta tensors" in str(error):
+                advice = "Its forward asks for a value, which meta has not: leave out inputs such as attention masks"
             raise TracingError(
-                f"{type(model).__name__} failed on the example inputs: {type(error).__name__}: {error}. Pass inputs it "
-                "accepts: a tensor, a tuple of positional or a dict of keyword arguments"
+                f"{type(model).__name__} failed on the example inputs: {type(error).__name__}: {error}. {advice}"
             ) from error
         roots = [node for tensor in tensors_in(output) if (node := _producer(tensor)) is not None]
         if not roots:
