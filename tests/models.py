@@ -230,15 +230,14 @@ USER_MODELS: tuple[Entry, ...] = (
         {4: 4, 1: 1},
         {2},
         "attn.proj down",
-        wraps=False,
     ),
     _entry("parallel-chain", _stack(lambda n: Parallel(n, True)), _SEQUENCE, {4: 8, 1: 2}, {2}, "attn.proj down"),
-    _entry("layer-scale", _stack(LayerScale), _VECTORS, {6: 6, 2: 2}, {2}, "gamma", wraps=False),
+    _entry("layer-scale", _stack(LayerScale), _VECTORS, {6: 6, 2: 2}, {2}, "gamma"),
     _entry("stochastic-depth", _stack(StochasticDepth), _VECTORS, {6: 6, 2: 2}, {2}, "fc2"),
     _entry("bottleneck", BottleneckNet, images(8), {4: 8, 1: 2}, {3}, "bn3", projections=2),
     _entry("gated", _stack(Gated), _VECTORS, {6: 6, 2: 2}, {2}, "down"),
     _entry("functional", lambda depth: Functional(depth, 12), _VECTORS, {6: 6, 2: 2}, {2}, "outer", wraps=False),
-    _entry("rezero", _stack(ReZero), _VECTORS, {6: 6, 2: 2}, {2}, "alpha", wraps=False),
+    _entry("rezero", _stack(ReZero), _VECTORS, {6: 6, 2: 2}, {2}, "alpha"),
     _entry("lora", _stack(LoRABlock), _VECTORS, {6: 6, 2: 2}, {3}, "fc2"),
 )
 """Blocks as people write them, without any library."""
@@ -456,7 +455,6 @@ MORE: tuple[Entry, ...] = (
         {2},
         "attn.out_proj mlp.fc_out",
         requires="transformers",
-        wraps=False,
     ),
     _entry(
         "neox",
@@ -466,7 +464,6 @@ MORE: tuple[Entry, ...] = (
         {2},
         "attention.dense mlp.dense_4h_to_h",
         requires="transformers",
-        wraps=False,
     ),
     _entry(
         "mixtral",

@@ -180,6 +180,28 @@ def test_streams_inside_a_branch_are_their_own() -> None:
         dm.parametrize(nested(3), base=nested(1), example_inputs=x())
 
 
+def test_a_lone_addition_inside_a_branch_is_part_of_it() -> None:
+    def forward(self, h):
+        scanned = two_layers(self, h)
+        return h + self.c(torch.sigmoid(self.d(h)) * (scanned + self.skip * h))
+
+    blocks = [Block(forward, skip=nn.Parameter(torch.ones(WIDTH)), **{n: linear() for n in "abcd"}) for _ in range(3)]
+    branches = dm.find_branches(nn.Sequential(*blocks), x())
+    assert [(b.name, b.depth, b.levels) for b in branches] == [(f"{i}", 3, 3) for i in range(3)]
+    assert "0.skip" in branches[0].inner
+
+
+def test_paths_from_constants_are_no_levels() -> None:
+    def forward(self, h):
+        bias = self.b(torch.relu(self.a(torch.linspace(-1, 1, WIDTH))))  # as in Swin v2's position bias
+        return h + self.c(torch.tanh(h) + bias)
+
+    blocks = [Block(forward, **{n: linear() for n in "abc"}) for _ in range(3)]
+    branches = dm.find_branches(nn.Sequential(*blocks), x())
+    assert {b.levels for b in branches} == {1}
+    assert set(branches[0].inner) == {"0.a.weight", "0.a.bias", "0.b.weight", "0.b.bias"}
+
+
 @pytest.mark.parametrize(
     "forward",
     [

@@ -46,7 +46,8 @@ def describe(
     level: dict[int, int] = {}
     for i in sorted(nodes):
         below = max((level[j] for j in graph.data_inputs(i) if j in nodes), default=0)
-        level[i] = below + graph.is_weight_operation[i]
+        from_skip = projection or graph.reaches(i, start)  # another stream's keys, say, are no step from the skip
+        level[i] = below + (graph.is_weight_operation[i] and from_skip)
     later: dict[int, bool] = dict.fromkeys(nodes, False)  # does a weight operation follow?
     for i in sorted(nodes, reverse=True):
         for j in graph.data_inputs(i):

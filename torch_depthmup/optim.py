@@ -360,8 +360,8 @@ def _overwritten(groups: list[Group], planned: list[Any], user_group: list[int])
         if abs(factor - first) > DRIFT * max(abs(factor), abs(first)):
             return (
                 f"the learning rates of groups {at} and {i} are {groups[at]['lr']:.4g} and {group['lr']:.4g}, and no "
-                f"longer in the planned ratio {planned[at] / lr:.4g}: a scheduler wrote one value into all groups. Write "
-                "OneCycleLR(optimizer, max_lr=dm.per_group(optimizer, ...)), CosineAnnealingLR(eta_min=0), "
+                f"longer in the planned ratio {planned[at] / lr:.4g}: a scheduler wrote one value into all groups. "
+                "Write OneCycleLR(optimizer, max_lr=dm.per_group(optimizer, ...)), CosineAnnealingLR(eta_min=0), "
                 "ReduceLROnPlateau(min_lr=dm.per_group(...)), or a scheduler that works by ratios"
             )
     return None

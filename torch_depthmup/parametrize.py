@@ -224,32 +224,38 @@ def _hang(model: nn.Module, plan: Plan, found: Trace) -> None:
     for i, branch in enumerate(plan.branches):
         m = plan.branch_multiplier(branch)
         if m != 1.0:
-            name, index = _target(model, found, i)
-            if targets.setdefault(name, (m, index)) != (m, index):
-                raise PlanError(
-                    f"{name} returns branches with different multipliers. Give each branch a module of its own"
-                )
+            for name, index in _targets(model, found, i):
+                if targets.setdefault(name, (m, index)) != (m, index):
+                    raise PlanError(
+                        f"{name} returns branches with different multipliers. Give each branch a module of its own"
+                    )
     for name, (m, index) in targets.items():
         model.get_submodule(name).register_forward_hook(BranchMultiplier(m, index))
 
 
-def _target(model: nn.Module, found: Trace, i: int) -> tuple[str, int]:
-    """The module to multiply: one that returns this branch, and nothing but branches."""
+def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
+    """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches."""
     branch = found.branches[i]
     users: dict[str, int] = {}
-    for producers in found.producers:
-        for name in {name for name, _, _ in producers}:
+    for groups in found.producers:
+        for name in {name for group in groups for name, _, _ in group}:
             users[name] = users.get(name, 0) + 1
-    fit = [(name, index) for name, _, index in found.producers[i] if users[name] == found.calls[name]]
-    if not fit:
-        raise PlanError(
-            f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "
-            f"{branch.stream}, and of nothing else, so there is nothing to wrap. Use how='fold', or write the block "
-            "with dm.Residual(branch)"
-        )
-    with_weights = [(name, index) for name, index in fit if any(True for _ in model.get_submodule(name).parameters())]
-    named = [(name, index) for name, index in fit if name == branch.name]
-    return (named or with_weights or fit)[0]
+
+    def preference(target: tuple[str, int]) -> tuple[bool, bool, bool]:
+        name = target[0]
+        return users[name] > 1, name != branch.name, not any(True for _ in model.get_submodule(name).parameters())
+
+    targets = []
+    for group in found.producers[i] or ((),):
+        fit = [(name, index) for name, _, index in group if users[name] == found.calls[name]]
+        if not fit:
+            raise PlanError(
+                f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "
+                f"{branch.stream}, and of nothing else, so there is nothing to wrap. Use how='fold', or write the "
+                "block with dm.Residual(branch)"
+            )
+        targets.append(min(fit, key=preference))
+    return targets
 
 
 def _take_off(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch_depthmup import graph as graphs
 from torch_depthmup.branch_parameters import carrier_of, describe
 from torch_depthmup.errors import AmbiguousBranchError, TracingError
 from torch_depthmup.graph import Graph
+from torch_depthmup.linearity import LINEAR
 from torch_depthmup.modules import Residual
 from torch_depthmup.residuals import ResidualAddition, nearest_additions, residual_additions
 
@@ -25,6 +26,10 @@ __all__ = ["Branch", "Trace", "find_branches", "trace"]
 
 Pattern = str | type[nn.Module]
 """A name pattern (``fnmatch``, over module names) or a module class."""
+
+
+Producer = tuple[str, int, int]
+"""A module's name, which of its calls, and which of the tensors that the call returned."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Trace:
         branches: in forward order.
         sites: for each branch the ordinal of its addition among all additions written in Python and the operand that
             is the branch, or ``None`` where the addition is not visible from Python.
-        producers: for each branch the modules whose output is the branch's value, as (name, which call, which output).
+        producers: for each branch its summands - one, unless no module returns their sum - and for each summand the
+            modules that return it, up to linear operations after them, as (name, which call, which output).
         calls: how often each module was called.
         shared: parameters that several branches, or a branch and the rest of the network, use in weight operations,
             with the names of those branches.
@@ -73,7 +79,7 @@ class Trace:
 
     branches: tuple[Branch, ...]
     sites: tuple[tuple[int, int] | None, ...]
-    producers: tuple[tuple[tuple[str, int, int], ...], ...]
+    producers: tuple[tuple[tuple[Producer, ...], ...], ...]
     calls: dict[str, int]
     shared: dict[str, tuple[str, ...]]
     reached: frozenset[str]
@@ -128,8 +134,9 @@ def trace(
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
     found, doubtful = residual_additions(graph, _declared_nodes(graph, declared))
-    for residual in found:
-        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+    _describe(graph, found)
+    found = _without_inner_steps(graph, found)
+    _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
 
     def kept(name: str, node: int) -> bool:
@@ -143,8 +150,23 @@ def trace(
     return _assemble(graph, found, names)
 
 
-def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
+def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
+    for residual in found:
+        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+
+
+def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:
+    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch."""
     streams = _streams(graph, found)
+    return [
+        residual
+        for residual, stream in zip(found, streams, strict=True)
+        if streams.count(stream) > 1 or not any(residual.node in outer.parts.nodes for outer in found)
+    ]
+
+
+def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
+    streams, returned = _streams(graph, found), _returned(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
     sides, shared = _sides(graph, found, names)
     result = []
@@ -168,7 +190,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
     return Trace(
         branches=tuple(result),
         sites=tuple(_site(graph, residual) for residual in found),
-        producers=tuple(tuple(_producers(graph, residual.branch)) for residual in found),
+        producers=tuple(_summands(graph, residual.branch, residual.parts.nodes, returned) for residual in found),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
         shared=shared,
         reached=frozenset().union(*graph.weights),
@@ -302,8 +324,43 @@ def _site(graph: Graph, residual: ResidualAddition) -> tuple[int, int] | None:
     return addition.ordinal, addition.operands.index(residual.branch)
 
 
-def _producers(graph: Graph, node: int) -> Iterator[tuple[str, int, int]]:
+def _returned(graph: Graph) -> dict[int, list[Producer]]:
+    """For each node the modules that return it."""
+    returned: dict[int, list[Producer]] = {}
     for name, outputs in graph.outputs_of.items():
         for call, nodes in enumerate(outputs):
-            if node in nodes and name:
-                yield name, call, nodes.index(node)
+            for index, node in enumerate(nodes):
+                if name and node >= 0:
+                    returned.setdefault(node, []).append((name, call, index))
+    return returned
+
+
+def _summands(
+    graph: Graph, node: int, inside: frozenset[int], returned: dict[int, list[Producer]]
+) -> tuple[tuple[Producer, ...], ...]:
+    """What a multiplier can be hung on, walking back from the branch's value over linear operations."""
+    found: list[Producer] = []
+    while node in inside:
+        found += returned.get(node, ())
+        data = graph.data_inputs(node)
+        if not _keeps_multiples(graph, node) or any(len(graph.consumers[i]) != 1 for i in data):
+            break
+        if len(data) > 1:
+            sides = [] if found else [_summands(graph, i, inside, returned) for i in data]
+            return tuple(group for side in sides for group in side) if sides and all(sides) else _group(found)
+        node = data[0]
+    return _group(found)
+
+
+def _group(found: list[Producer]) -> tuple[tuple[Producer, ...], ...]:
+    return (tuple(found),) if found else ()
+
+
+def _keeps_multiples(graph: Graph, node: int) -> bool:
+    """Whether a multiple of a node's data operands gives the same multiple of its value."""
+    kind, data = graph.kind[node], graph.data_inputs(node)
+    if not data or graph.is_weight_operation[node] or not LINEAR.match(kind):
+        return False
+    if kind.startswith(("Add", "Sub", "Rsub")):
+        return len(data) == 2
+    return len(data) == 1
