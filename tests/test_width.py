@@ -128,3 +128,13 @@ def test_stages_are_matched_block_by_block() -> None:
     assert plan["layer1.2.conv3.weight"].width.base == (None, 32, None, None)
     with pytest.raises(PlanError, match="one more block in this stage|no counterpart"):
         dm.parametrize(bottlenecks(3, 64), base=bottlenecks(1, 32), example_inputs=inputs)
+
+
+def test_an_initialization_that_ignores_width_is_refused() -> None:
+    model, base = net(2, 64), net(2, 16)
+    for module in (*model.modules(), *base.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    with pytest.raises(PlanError, match="1.fc1.weight: its initial standard deviation is 0.0.*fan-in"):
+        dm.parametrize(model, base=base, example_inputs=X)
+    assert dm.parametrize(model, base_depth=1, example_inputs=X)

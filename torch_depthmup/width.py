@@ -20,6 +20,8 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.graph import normalise_name
 from torch_depthmup.rules import Width
 
+ENOUGH = 64  # entries, for a standard deviation that means something
+
 __all__ = ["from_base_shapes", "initial_scales", "clear_shapes", "match", "readout_multipliers", "set_shapes", "shaped"]
 
 
@@ -52,7 +54,8 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
     the last block of the same structure in its place.
 
     Raises:
-        PlanError: a parameter has no counterpart, or one that is wider, or whose ratio occurs nowhere else.
+        PlanError: a parameter has no counterpart, or one that is wider, or whose ratio occurs nowhere else; or hidden
+            weights do not start smaller in the wider model.
     """
     shapes = {normalise_name(name): tuple(p.shape) for name, p in base.named_parameters()}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -80,7 +83,27 @@ def match(model: nn.Module, base: nn.Module) -> dict[str, Width] | None:
             )
         bases = tuple(b if i in infinite else None for i, b in enumerate(base_dims))
         widths[name] = Width(dims, bases, infinite[-1] if infinite else None)
+    _refuse_fixed_initialization(model, base, widths, counterparts)
     return widths
+
+
+def _refuse_fixed_initialization(
+    model: nn.Module, base: nn.Module, widths: Mapping[str, Width], counterparts: Mapping[str, str | None]
+) -> None:
+    """Hidden matrices must start with entries of size 1/sqrt(width); some libraries start all of them at 0.02."""
+    theirs = {normalise_name(name): p.detach() for name, p in base.named_parameters()}
+    for name, parameter in model.named_parameters():
+        width, other = widths[name], theirs[counterparts[name] or ""]
+        if width.infinite != 2 or parameter.is_meta or other.is_meta or other.numel() < ENOUGH:
+            continue
+        ours, base_size = (float(tensor.detach().float().std()) for tensor in (parameter, other))
+        wanted = width.multiplier**-0.5
+        if ours > 0 and base_size > 0 and ours / base_size > math.sqrt(wanted):  # nearer to 1 than to what it should be
+            raise PlanError(
+                f"{name}: its initial standard deviation is {ours:.3g}, the base's is {base_size:.3g}, and at "
+                f"{width.multiplier:g} times the width it should be {wanted:.3g} times as large. Initialise hidden "
+                "weights by fan-in (PyTorch's default, or mup.init), or pass a base of the same width"
+            )
 
 
 def _as_wide(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> bool:
