@@ -1,0 +1,417 @@
+"""The monitor against direct computations in float64, and training that does not notice it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+from collections.abc import Callable
+
+import blocks
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import torch_depthmup as dm
+from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
+from torch_depthmup.diagnostics.probing import signed_sum
+from torch_depthmup.diagnostics.writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
+from torch_depthmup.errors import MeasurementError
+
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {
+    "pre-norm": blocks.PreNorm,
+    "one layer": lambda width: blocks.PreNorm(width, layers=1),
+    "layer scale": lambda width: blocks.LayerScale(width, start=0.3),
+    "stochastic depth": blocks.StochasticDepth,
+    "gated": blocks.Gated,
+}
+
+
+def rms(value: Tensor) -> float:
+    return float(value.detach().square().mean().sqrt())
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=0).mean())
+
+
+class Direct:
+    """What the linear and convolution modules of a network and its blocks see and return, by plain hooks."""
+
+    def __init__(self, model: nn.Module, x: Tensor, objective: Callable[[Tensor], Tensor]):
+        model = copy.deepcopy(model).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.modules = dict(model.named_modules())
+
+        def hook(name: str) -> Callable:
+            def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                self.inputs[name], self.outputs[name] = args[0].detach(), output
+                output.retain_grad()
+
+            return see
+
+        for name, module in model.named_modules():
+            if name and not isinstance(module, nn.ModuleList):
+                module.register_forward_hook(hook(name))
+        self.result = model(x)
+        objective(self.result).backward()
+
+    def weight(self, name: str) -> Tensor:
+        return self.modules[name].weight.detach()
+
+    def times(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
+        module = self.modules[name]
+        if isinstance(module, nn.Linear):
+            return value @ weight.T
+        return nn.functional.conv2d(value, weight, None, module.stride, module.padding)
+
+
+def train(model: nn.Module, x: Tensor, steps: int, monitor: FeatureMonitor | None = None, **options) -> list[float]:
+    target = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(3)).to(x.dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if monitor is not None:
+            monitor.record(step)
+    return losses
+
+
+def check_layer(row: dict, first: Direct, last: Direct, now: Direct, gradient: Tensor | None) -> None:
+    name = row["layer"].removesuffix(".weight")
+    h0, h = first.inputs[name], now.inputs[name]
+    w0, w = first.weight(name), now.weight(name)
+    update = now.times(name, w, h) - first.times(name, w0, h0)
+    own, below = now.times(name, w - w0, h), now.times(name, w0, h - h0)
+    g = now.outputs[name].grad
+    expected = {
+        "size": rms(now.times(name, w, h)),
+        "update": rms(update),
+        "change": rms(now.times(name, w, h) - last.times(name, last.weight(name), last.inputs[name])),
+        "own": rms(own),
+        "initial": rms(now.times(name, w0, h)),
+        "below": rms(below),
+        "own_share": float((own * update).sum() / update.square().sum()),
+        "alignment": cosine(now.times(name, w0, h), g),
+        "gradient": rms(g),
+        "weight": float(w.norm()),
+        "weight_update": float((w - w0).norm()),
+        "weight_gradient": float(gradient.norm()),
+    }
+    for quantity, value in expected.items():
+        assert row[quantity] == pytest.approx(value, rel=1e-9, abs=1e-12), (row["layer"], quantity)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_number_equals_a_direct_computation(block: str) -> None:
+    model, x = blocks.Stack(3, BLOCKS[block]).double(), torch.randn(5, 8, dtype=torch.float64)
+    first = Direct(model, x, signed_sum)
+    with FeatureMonitor(model, x) as monitor:
+        train(model, x, 2, monitor)
+        last = Direct(model, x, signed_sum)
+        monitor.rows.clear()
+        train(model, x, 1, monitor)
+        now = Direct(model, x, signed_sum)
+    layers = [row for row in monitor.rows if row["kind"] == "layer"]
+    assert {row["layer"] for row in layers} == {n for n, p in model.named_parameters() if p.ndim == 2}
+    for row in layers:
+        check_layer(row, first, last, now, model.get_parameter(row["layer"]).grad)
+    streams = [row for row in monitor.rows if row["kind"] == "stream"]
+    assert [row["position"] for row in streams] == [0, 1, 2]
+    for row in streams:
+        name = f"blocks.{row['position']}"
+        h, g = now.outputs[name], now.outputs[name].grad
+        assert row["branch"].startswith(name) and row["depth"] == 3
+        assert row["size"] == pytest.approx(rms(h), rel=1e-9)
+        assert row["update"] == pytest.approx(rms(h - first.outputs[name]), rel=1e-9)
+        assert row["change"] == pytest.approx(rms(h - last.outputs[name]), rel=1e-9)
+        assert row["added"] == pytest.approx(rms(h - now.inputs[name]), rel=1e-9)
+        assert row["gradient"] == pytest.approx(rms(g), rel=1e-9)
+        assert row["alignment"] == pytest.approx(cosine(h, g), rel=1e-8, abs=1e-12)
+    (function,) = [row for row in monitor.rows if row["kind"] == "function"]
+    assert function["size"] == pytest.approx(rms(now.result), rel=1e-9)
+    assert function["update"] == pytest.approx(rms(now.result - first.result), rel=1e-9)
+    assert function["change"] == pytest.approx(rms(now.result - last.result), rel=1e-9)
+
+
+def test_convolutions_batch_norms_and_in_place_sums_equal_a_direct_computation() -> None:
+    model, x = blocks.BottleneckNet(2).double(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    first = Direct(model, x, signed_sum)
+    with FeatureMonitor(model, x) as monitor:
+        train(model, x, 2, monitor)
+        last = Direct(model, x, signed_sum)
+        monitor.rows.clear()
+        train(model, x, 1, monitor)
+    now = Direct(model, x, signed_sum)
+    layers = {row["layer"]: row for row in monitor.rows if row["kind"] == "layer"}
+    assert set(layers) == {n for n, p in model.named_parameters() if p.ndim in (2, 4)}
+    for row in layers.values():
+        check_layer(row, first, last, now, model.get_parameter(row["layer"]).grad)
+    for row in monitor.rows:
+        if row["kind"] == "stream":  # the sum before the block's ReLU: what the last norm returned, plus the shortcut
+            name = f"stages.{row['position']}"
+            # bn3's output is overwritten by the sum in place
+            assert row["size"] == pytest.approx(rms(now.outputs[f"{name}.bn3"]), rel=1e-9)
+            added = nn.functional.batch_norm(
+                now.outputs[f"{name}.conv3"], None, None, *now.modules[f"{name}.bn3"].parameters(), True
+            )
+            assert row["added"] == pytest.approx(rms(added), rel=1e-9)
+
+
+def test_the_change_of_a_feature_splits_into_its_own_and_what_came_from_below() -> None:
+    """own + below = update as vectors, so the law of cosines ties the four numbers together."""
+    model, x = blocks.Stack(4, blocks.PreNorm).double(), torch.randn(7, 8, dtype=torch.float64)
+    with FeatureMonitor(model, x) as monitor:
+        train(model, x, 3, monitor)
+    for row in monitor.rows:
+        if row["kind"] == "layer":
+            own, below, update = row["own"], row["below"], row["update"]
+            inner = row["own_share"] * update**2  # <own, own + below>
+            assert below**2 == pytest.approx(update**2 - 2 * inner + own**2, rel=1e-8, abs=1e-15)
+            assert row["own_share"] == pytest.approx(1.0) or row["layer"] != "stem.weight"
+
+
+def test_packed_attention_weights_and_functional_code_are_seen() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).double()
+    x = torch.randn(4, 5, 8, dtype=torch.float64)
+    monitor = FeatureMonitor(encoder, x)
+    packed = "layers.1.self_attn.in_proj_weight"
+    assert packed in monitor.layers and "layers.1.self_attn.out_proj.weight" in monitor.layers
+    before = encoder.layers[1].self_attn.in_proj_weight.detach().clone()
+    with torch.no_grad():
+        encoder.layers[1].self_attn.in_proj_weight.add_(torch.randn(24, 8, dtype=torch.float64))
+    inputs = []
+    handle = encoder.layers[1].self_attn.register_forward_hook(lambda m, a, o: inputs.append(a[0]))
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    encoder(x)
+    handle.remove()
+    encoder.eval()
+    monitor.record(0)
+    (row,) = [row for row in monitor.rows if row["layer"] == packed]
+    own = inputs[0] @ (encoder.layers[1].self_attn.in_proj_weight - before).T
+    assert row["own"] == pytest.approx(rms(own), rel=1e-9) and row["below"] == pytest.approx(0, abs=1e-12)
+    assert row["role"] == "inner"
+
+    functional = blocks.Functional(3, 6).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with FeatureMonitor(functional, x, layers="inner.*") as monitor:
+        start = functional.inner[0].detach().clone()
+        with torch.no_grad():
+            functional.inner[0].mul_(1.5)
+        monitor.record(0)
+    assert [row["layer"] for row in monitor.rows if row["kind"] == "layer"] == ["inner.0", "inner.1", "inner.2"]
+    (row,) = [row for row in monitor.rows if row["layer"] == "inner.0"]
+    assert row["own"] == pytest.approx(rms((x @ functional.stem.T) @ (0.5 * start).T), rel=1e-9)
+
+
+@settings(max_examples=12)
+@given(
+    block=st.sampled_from(sorted(BLOCKS)),
+    depth=st.integers(1, 4),
+    every=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    dropout=st.booleans(),
+)
+def test_training_does_not_notice_a_monitor(block: str, depth: int, every: int, seed: int, dropout: bool) -> None:
+    def run(watch: bool) -> tuple[list[float], dict[str, Tensor], Tensor]:
+        torch.manual_seed(seed)
+        model = blocks.Stack(depth, BLOCKS[block])
+        if dropout:
+            model.head = nn.Sequential(nn.Dropout(0.4), model.head)
+        model.train()
+        x = torch.randn(6, 8)
+        monitors = [FeatureMonitor(model, x[:3], every=every), FeatureMonitor(model, x[2:])] if watch else []
+        both = type("Both", (), {"record": staticmethod(lambda step: [m.record(step) for m in monitors])})
+        losses = train(model, x, 4, both)  # type: ignore[arg-type]
+        return losses, model.state_dict(), torch.rand(3)
+
+    (losses, state, random), (watched_losses, watched_state, watched_random) = run(False), run(True)
+    assert losses == watched_losses
+    assert all(torch.equal(state[name], watched_state[name]) for name in state)
+    assert torch.equal(random, watched_random)
+
+
+def test_a_recording_leaves_batch_norm_mode_gradients_hooks_and_graphs_alone() -> None:
+    model, x = blocks.BottleneckNet(2), torch.randn(4, 3, 8, 8)
+    model.stages[1].eval()
+    loss = model(x).square().sum()  # a graph that waits for its backward pass while the monitor records
+    modes = [module.training for module in model.modules()]
+    buffers = {name: (id(buffer), buffer.clone(), buffer._version) for name, buffer in model.named_buffers()}
+    frozen = model.head.bias.requires_grad_(False)
+    with FeatureMonitor(model, x) as monitor, torch.no_grad():
+        monitor.record(0)
+    assert [module.training for module in model.modules()] == modes
+    for name, buffer in model.named_buffers():
+        was, value, version = buffers[name]
+        assert id(buffer) == was and torch.equal(buffer, value) and buffer._version == version, name
+    assert all(parameter.grad is None for parameter in model.parameters()) and not frozen.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    loss.backward()
+
+
+def test_autocast_around_the_record_changes_nothing() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8)
+    plain, cast = FeatureMonitor(model, x), FeatureMonitor(model, x)
+    train(model, x, 1)
+    plain.record(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)  # fills autocast's cache of weights
+        cast.record(0)
+        assert torch.is_autocast_enabled("cpu")
+    assert repr(plain.rows) == repr(cast.rows)
+
+
+def test_a_compiled_model_gives_the_numbers_of_the_module_inside() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8)
+    compiled = torch.compile(model, backend="eager")
+    monitor, through = FeatureMonitor(model, x), FeatureMonitor(compiled, x)
+    train(compiled, x, 2)  # type: ignore[arg-type]
+    monitor.record(0)
+    through.record(0)
+    assert repr(monitor.rows) == repr(through.rows) and monitor.rows[-1]["update"] > 0
+    assert "layer" in {row["kind"] for row in through.rows}
+
+
+def test_half_precision_networks_are_measured_in_single() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm).bfloat16(), torch.randn(4, 8).bfloat16()
+    with FeatureMonitor(model, x) as monitor:
+        train(model, x, 2, monitor)
+    assert all(math.isfinite(row["size"]) and row["size"] > 0 for row in monitor.rows)
+
+
+def test_a_weight_used_twice_is_two_layers() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.fc(self.norm(x))
+            return x + self.fc(self.norm(x))
+
+    monitor = FeatureMonitor(Tied(), torch.randn(4, 8))
+    assert monitor.layers == ("fc.weight", "fc.weight#1")
+    assert monitor._weights["fc.weight"] is monitor._weights["fc.weight#1"]  # kept once
+
+
+def test_memory_is_one_copy_of_weights_and_one_of_features_until_the_first_record() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm).double(), torch.randn(5, 8, dtype=torch.float64)
+    monitor = FeatureMonitor(model, x)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    features = 5 * (12 + 2 * (24 + 12 + 12) + 3 + 3)  # stem, two blocks of fc1, fc2 and the sum, head, output
+    assert monitor.memory == 8 * (weights + features)
+    train(model, x, 1, monitor)
+    assert monitor.memory == 8 * (weights + 2 * features)
+    monitor.close()
+    assert monitor.memory == 0
+
+
+def test_a_resumed_monitor_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
+    def fresh() -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(5)
+        return blocks.Stack(2, blocks.LayerScale).double(), torch.randn(4, 8, dtype=torch.float64)
+
+    model, x = fresh()
+    straight = FeatureMonitor(model, x)
+    train(model, x, 1, straight)
+    train(model, x, 1, straight)
+    model, x = fresh()
+    monitor = FeatureMonitor(model, x)
+    train(model, x, 1, monitor)
+    torch.save({"model": model.state_dict(), "monitor": monitor.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    torch.manual_seed(6)
+    model = blocks.Stack(2, blocks.LayerScale).double()
+    model.load_state_dict(saved["model"])
+    resumed = FeatureMonitor(model, x)
+    resumed.load_state_dict(saved["monitor"])
+    train(model, x, 1, resumed)
+    assert repr(resumed.rows) == repr(straight.rows)
+    with pytest.raises(MeasurementError, match="another model, probe batch"):
+        FeatureMonitor(model, x[:2]).load_state_dict(saved["monitor"])
+
+
+def test_writers_get_every_row(tmp_path) -> None:
+    class Board:
+        def __init__(self) -> None:
+            self.scalars: dict[str, float] = {}
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            self.scalars[f"{tag}@{step}"] = value
+
+    model, x, seen, board = blocks.Stack(1, blocks.PreNorm), torch.randn(4, 8), [], Board()
+    writers = [CSVWriter(tmp_path / "a.csv"), JSONLinesWriter(tmp_path / "a.jsonl"), TensorBoardWriter(board)]
+    with FeatureMonitor(model, x, every=2, writers=[*writers, seen.append]) as monitor:
+        train(model, x, 3, monitor)
+    assert [row for rows in seen for row in rows] == monitor.rows
+    assert sorted({row["step"] for row in monitor.rows}) == [0, 2]
+    with open(tmp_path / "a.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["own"] for row in table] == [str(row["own"]) for row in monitor.rows]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["size"] for line in lines] == [row["size"] for row in monitor.rows]
+    last = next(r for r in monitor.rows if r["step"] == 2 and r["layer"] == "blocks.0.fc1.weight")
+    assert board.scalars["own/blocks.0.fc1.weight@2"] == last["own"]
+    frame = monitor.frame()
+    assert tuple(frame.columns) == COLUMNS and len(frame) == len(monitor.rows)
+    with FeatureMonitor(model, x, writers=[writers[0]]) as again:
+        again.record(4)
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(monitor.rows) + len(again.rows)  # appended, one header
+
+
+def test_a_folded_multiplier_is_in_the_rows() -> None:
+    model, x = blocks.Stack(8, blocks.PreNorm), torch.randn(4, 8)
+    dm.parametrize(model, base_depth=2, example_inputs=x)
+    monitor = FeatureMonitor(model, x)
+    monitor.record(0)
+    folded = {row["layer"]: row["folded"] for row in monitor.rows if row["kind"] == "layer"}
+    assert folded["blocks.3.fc2.weight"] == pytest.approx(0.5) and folded["blocks.3.fc1.weight"] == 1
+
+
+def test_bad_input_is_one_clear_line() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8)
+    cases: list[tuple[str, Callable[[], object]]] = [
+        (
+            "matches no weight operation. Did you mean 'blocks.0.fc2.weight'",
+            lambda: FeatureMonitor(model, x, layers="blocks.0.fc9.weight"),
+        ),
+        ("the probe is on meta", lambda: FeatureMonitor(model, x.to("meta"))),
+        ("has no residual branches", lambda: FeatureMonitor(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), x)),
+        ("not finite on the probe", lambda: FeatureMonitor(model, x * math.nan)),
+        ("every must be a positive integer", lambda: FeatureMonitor(model, x, every=0)),
+        ("meta device", lambda: FeatureMonitor(blocks.Stack(2, blocks.PreNorm).to("meta"), x.to("meta"))),
+    ]
+    for message, act in cases:
+        with pytest.raises(MeasurementError) as caught:
+            act()
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    monitor = FeatureMonitor(model, x)
+    monitor.close()
+    with pytest.raises(MeasurementError, match="closed"):
+        monitor.record(0)
+
+
+def test_a_network_that_overflows_in_training_is_recorded_not_raised() -> None:
+    model, x = blocks.Stack(2, blocks.LayerScale), torch.randn(4, 8)
+    with FeatureMonitor(model, x) as monitor:
+        with torch.no_grad():
+            model.blocks[0].fc2.weight.fill_(math.inf)
+        monitor.record(0)
+    assert not math.isfinite(monitor.rows[0]["size"])
