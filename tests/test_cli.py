@@ -1,0 +1,58 @@
+"""The command line as a person meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def depthmup(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch_depthmup.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["demo", "--seeds", "0"],
+        ["demo", "--optimizer", "lion"],
+        ["demo", "--depths", "four"],
+        ["demo", "-x"],
+    ],
+)
+def test_bad_arguments_take_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    result = depthmup(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1 and "--help" in result.stderr
+
+
+def test_an_impossible_folder_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = depthmup("demo", "--quick", "--out", str(tmp_path / "file"))
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_says_it_all() -> None:
+    assert "demo" in depthmup("--help").stdout
+    text = depthmup("demo", "--help").stdout
+    for option in ("--quick", "--depths", "--rules", "--seeds", "--steps", "--width", "--optimizer", "--out"):
+        assert option in text
+
+
+def test_the_demo_prints_its_table_and_writes_figure_and_runs(tmp_path: Path) -> None:
+    result = depthmup("demo", "--depths", "2", "4", "--steps", "5", "--seeds", "2", "--width", "16", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for word in ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p", "L=2", "L=4", "lr of L=2", "best lr"):
+        assert word in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    out = tmp_path / "depthmup-demo"
+    assert (out / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((out / "transfer.json").read_text())
+    assert len(data["runs"]) == 4 * 2 * 9 * 2
+    assert data["rules"]["mup"]["drift_factors_of_two"]["2"] == 0

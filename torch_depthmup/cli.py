@@ -1,0 +1,52 @@
+"""``depthmup``: the command line. Each command's arguments and work live beside what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": ("torch_depthmup.demo", "train on digits at three depths: does the learning rate transfer?"),
+}
+"""Command -> the module with its ``add_arguments(parser)`` and ``run(options) -> exit code``, and a line of help."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments take one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns its exit code: 0, or 2 for what the user can mend."""
+    parser = _Parser(prog="depthmup", description="Learning rates that transfer in depth, for residual networks.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    chosen = next((a for a in (sys.argv[1:] if arguments is None else arguments) if a in COMMANDS), None)
+    for name, (module, help_) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_)
+        if name == chosen:  # a command's libraries are imported for that command only
+            try:
+                room = importlib.import_module(module)
+            except ImportError as error:
+                parser.exit(2, f"depthmup {name}: {error}\n")
+            room.add_arguments(command)
+            command.set_defaults(run=room.run)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError, ImportError) as error:  # DepthMuPError is a ValueError
+        print(f"depthmup {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"depthmup {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Libraries that only the instruments use, imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["needs"]
+
+
+def needs(module: str) -> Any:
+    """A module of the ``diagnostics`` extra.
+
+    Raises:
+        ImportError: it is not installed; the message says what to run.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module.partition('.')[0]} is not installed. Run: pip install 'torch-depthmup[diagnostics]'"
+        ) from error
