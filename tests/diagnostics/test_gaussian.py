@@ -1,0 +1,87 @@
+"""Products of a Gaussian matrix that is never formed: exact identities, and the law of a dense one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_depthmup.diagnostics.gaussian import GaussianMatrix, Noise
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["right", "left"]), st.integers(1, 3)), min_size=2, max_size=8),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 5),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: int, repeat: bool) -> None:
+    noise = Noise([seed, seed + 1], dtype=dtype)
+    matrix = GaussianMatrix(64, (24, 24), noise)
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"right": [], "left": []}
+    for side, count in calls:
+        queries = noise(count, 64)
+        if repeat and seen[side]:  # a query in the span of earlier ones, and one almost in it
+            queries[:, 0] = 2 * seen[side][-1][0][:, 0]
+        seen[side].append((queries, getattr(matrix, side)(queries)))
+    tolerance = 64 * 200 * torch.finfo(dtype).eps
+    for q, wq in seen["right"]:
+        for p, wtp in seen["left"]:
+            assert float((torch.bmm(p, wq.mT) - torch.bmm(wtp, q.mT)).abs().max()) < tolerance
+
+
+@given(st.sampled_from(["reused", "decoupled"]), st.integers(0, 9))
+@settings(max_examples=20)
+def test_products_are_linear(coupling, seed: int) -> None:
+    noise = Noise([seed], dtype=torch.float64)
+    matrix = GaussianMatrix(50, (12, 12), noise, coupling)
+    a, b = noise(2, 50), noise(2, 50)
+    matrix.left(noise(2, 50))
+    wa, wb = matrix.right(a), matrix.right(b)
+    torch.testing.assert_close(matrix.right(3 * a - b), 3 * wa - wb)
+
+
+def test_the_law_is_that_of_a_dense_matrix() -> None:
+    """A query chain q, W q, W^T W q, W W^T W q: second moments over many draws against dense matrices."""
+    n, draws = 24, 4000
+
+    def chain(right, left, q):
+        a = right(q)
+        b = left(a)
+        c = right(b)
+        return torch.cat([q, a, b, c], dim=1)
+
+    q = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(draws, 1, n)
+    matrix = GaussianMatrix(n, (4, 4), Noise(range(draws), dtype=torch.float64))
+    ours = chain(matrix.right, matrix.left, q)
+    dense = torch.randn(draws, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / math.sqrt(n)
+    theirs = chain(lambda x: x @ dense.mT, lambda x: x @ dense, q)
+    for x in (ours, theirs):
+        assert x.shape == (draws, 4, n)
+    grams = [torch.bmm(x, x.mT) / n for x in (ours, theirs)]
+    error = torch.stack([gram.std(0) for gram in grams]).square().sum(0).sqrt() / math.sqrt(draws)
+    difference = (grams[0].mean(0) - grams[1].mean(0)).abs()
+    assert bool((difference <= 4.5 * error + 1e-12).all())
+    # and the exact mean of |W q|^2 / n
+    assert float(grams[0][:, 1, 1].mean()) == pytest.approx(float(q[0].square().mean()), rel=0.03)
+
+
+def test_decoupled_left_products_know_nothing_of_the_right_ones() -> None:
+    noise = Noise(range(3000), dtype=torch.float64)
+    q = noise(1, 16)
+    values = {}
+    for coupling in ("reused", "decoupled"):
+        matrix = GaussianMatrix(16, (2, 2), Noise(range(9000, 12000), dtype=torch.float64), coupling)
+        a = matrix.right(q)
+        values[coupling] = torch.bmm(matrix.left(a), q.mT).flatten() / 16
+    assert float(values["reused"].mean()) == pytest.approx(1.0, abs=0.05)  # <W^T W q, q> = |W q|^2
+    assert abs(float(values["decoupled"].mean())) < 4 * float(values["decoupled"].std()) / math.sqrt(3000)
+
+
+def test_a_seeds_numbers_do_not_depend_on_its_neighbours() -> None:
+    alone, together = Noise([5], dtype=torch.float32), Noise([3, 5], dtype=torch.float32)
+    assert torch.equal(alone(2, 4)[0], together(2, 4)[1])
