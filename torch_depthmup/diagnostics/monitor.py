@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.findings import Report, report
 from torch_depthmup.diagnostics.probing import Probe, Product, Sights, signed_sum
+from torch_depthmup.diagnostics.writers import frame
 from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.parametrize import plan_of
 from torch_depthmup.plan import Plan
@@ -128,6 +130,7 @@ class FeatureMonitor:
         self._first: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
         self._keep_reference()
+        self.start = self._sizes()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -158,11 +161,9 @@ class FeatureMonitor:
 
     def frame(self) -> Any:
         """All rows as a tidy pandas data frame with the columns `COLUMNS`."""
-        from torch_depthmup.diagnostics.writers import frame
-
         return frame(self.rows, COLUMNS)
 
-    def report(self, base: Any = None, family: str = "adam") -> Any:
+    def report(self, base: Any = None, family: str = "adam") -> Report:
         """The last record beside what the theory predicts, with findings in plain language.
 
         Args:
@@ -170,13 +171,11 @@ class FeatureMonitor:
             family: the optimizer's family, ``"sgd"`` or an Adam-like one, whose predicted exponents are shown.
 
         Returns:
-            A `findings.Report`: ``print`` it, or read ``findings`` and ``rows``.
+            A `findings.Report`: ``print`` it, or read its ``findings``, ``stages`` and ``streams``.
 
         Raises:
             MeasurementError: nothing was recorded yet.
         """
-        from torch_depthmup.diagnostics.findings import report
-
         return report(self, base, family)
 
     def close(self) -> None:
@@ -226,6 +225,14 @@ class FeatureMonitor:
         for own, key in ((self._weights, "weights"), (self._first, "first"), (self._last, "last")):
             own.update({k: value.to(own[k], copy=True) for k, value in state[key].items()})
         self.rows = [dict(row) for row in state["rows"]]
+        self.start = self._sizes()
+
+    def _sizes(self) -> dict[Any, float]:
+        """Initial sizes of the function and, by stream and position, of the residual streams."""
+        sizes: dict[Any, float] = {"function": float(_rms(self._first[FUNCTION]))}
+        for i, branch in enumerate(self.branches):
+            sizes[branch.stream, branch.position] = float(_rms(self._first[_key(i)]))
+        return sizes
 
     def _keep_reference(self) -> None:
         assert self._probe is not None

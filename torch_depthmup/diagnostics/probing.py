@@ -155,7 +155,7 @@ class Probe:
 
 @contextlib.contextmanager
 def _copied_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers are neither written to nor marked as written to, which would spoil a graph that waits for its backward."""
+    """Spares the buffers any write, which would spoil a graph that still waits for its backward pass."""
     kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     try:
         for module, buffers in kept:

@@ -9,10 +9,11 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch_depthmup.diagnostics.extras import needs
+
 __all__ = ["CSVWriter", "JSONLinesWriter", "TensorBoardWriter", "frame"]
 
 Row = dict[str, Any]
-INSTALL = "pip install 'torch-depthmup[diagnostics]'"
 
 
 def frame(rows: Sequence[Row], columns: Sequence[str]) -> Any:
@@ -21,11 +22,7 @@ def frame(rows: Sequence[Row], columns: Sequence[str]) -> Any:
     Raises:
         ImportError: pandas is missing.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(f"data frames need pandas: {INSTALL}") from error
-    return pandas.DataFrame(list(rows), columns=list(columns))
+    return needs("pandas").DataFrame(list(rows), columns=list(columns))
 
 
 class _FileWriter:
