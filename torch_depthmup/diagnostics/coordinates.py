@@ -385,28 +385,35 @@ def _mean_slope(x: list[float], lines: list[list[float]]) -> tuple[float, float]
 
 # What is wrong
 
-Deviation = tuple[float, float, float]
-"""Exponents by which branch value, inner and outer own updates differ from the rule's."""
-
 NEAR = 0.2  # how far from a mistake's deviations the measured ones may be
 
 
 def _mistakes(slopes: Sequence[Slope], rule: Rule, family: Family) -> list[str]:
+    """The probable cause first, then each broken slope in words."""
+    off = {s.quantity: s.measured - s.predicted for s in slopes if s.axis == "depth"}
     broken = [slope for slope in slopes if slope.verdict == "broken"]
     words = [_in_words(slope) for slope in broken]
-    by_name = {s.quantity: s.measured - s.predicted for s in slopes if s.axis == "depth"}
-    names = [name for name in ("branch", "inner", "outer") if name in by_name]
-    if not any(slope.axis == "depth" for slope in broken):
-        return words
-
-    def distance(deviation: Deviation) -> float:
-        expected = dict(zip(("branch", "inner", "outer"), deviation, strict=True))
-        return max(abs(by_name[name] - expected[name]) for name in names)
-
-    known = [(distance(deviation), text) for text, deviation in _catalogue(rule, family) if any(deviation)]
-    nearest = min((d for d, _ in known), default=math.inf)
-    causes = list(dict.fromkeys(text for d, text in known if d <= min(NEAR, nearest + 0.05)))
-    return ([f"probably {' or '.join(causes)}"] if causes else []) + words
+    causes: list[str] = []
+    if any(s.axis == "depth" and s.quantity == "branch" for s in broken):
+        # Everything else hangs on the multiplier; learning rates cannot be judged beside a wrong one.
+        causes = [
+            text
+            for text, deviation in (("forgotten", rule.alpha), ("applied twice", -rule.alpha))
+            if deviation and abs(off["branch"] - deviation) <= NEAR
+        ]
+        causes = [f"the branch multiplier is {text}" for text in causes]
+    elif any(s.axis == "depth" and s.quantity in ("inner", "outer") for s in broken):
+        known = [
+            (
+                max(abs(off[name] - d) for name, d in zip(("inner", "outer"), deviation, strict=True) if name in off),
+                text,
+            )
+            for text, deviation in _catalogue(rule, family)
+            if any(deviation)
+        ]
+        nearest = min((distance for distance, _ in known), default=math.inf)
+        causes = list(dict.fromkeys(text for d, text in known if d <= min(NEAR, nearest + 0.05)))
+    return ([f"probably {', or '.join(causes)}"] if causes else []) + words
 
 
 def _in_words(slope: Slope) -> str:
@@ -417,31 +424,28 @@ def _in_words(slope: Slope) -> str:
     )
 
 
-def _catalogue(rule: Rule, family: Family) -> list[tuple[str, Deviation]]:
-    """Mistakes in carrying a rule out, each with what it does to the exponents.
+def _catalogue(rule: Rule, family: Family) -> list[tuple[str, tuple[float, float]]]:
+    """Wrong learning rates beside a right branch multiplier: by which exponents inner and outer updates differ.
 
-    The own update of a layer carries the branch multiplier's exponent once under SGD, through the gradient, and not at
-    all under a normalised optimizer. A multiplier that is folded into the outer weights and not made up for in their
-    learning rate enters their own update too, relative to those weights.
+    A multiplier that is folded into the outer weights and not made up for in their learning rate enters their own
+    update too, relative to those weights; so each mistake with whole groups has a folded and an explicit form.
     """
-    a, carried = rule.alpha, 0.0 if family.normalised else rule.alpha
+    a, c = rule.alpha, rule.correction
     other = get_family("sgd" if family.normalised else "adam")
     folded = a if family.normalised else 2 * a
     inner, outer = (rule.lr_exponent(family, role) for role in ("inner", "outer"))
     swapped = rule.lr_exponent(other, "outer") - outer
     unfolded = -a if family.normalised else a
-    c = rule.correction
+    plain = "the learning rates are not scaled with depth (a plain torch optimizer)"
+    swap = f"the learning-rate rule is that of {other.name}, not {family.name}"
     return [
-        ("the branch multiplier is forgotten", (a, carried, carried)),
-        ("the branch multiplier is applied twice", (-a, -carried, -carried)),
-        ("the correction of the inner layers' learning rate is missing", (0, -c, 0)),
-        ("the correction is applied twice", (0, c, 0)),
-        ("the correction is applied to the outer layer as well", (0, 0, c)),
-        ("the correction is applied to the outer layer instead of the inner ones", (0, -c, c)),
-        (f"the learning-rate rule is that of {other.name}, not {family.name}", (0, swapped, swapped)),
-        (f"the learning-rate rule is that of {other.name}, not {family.name}", (0, swapped, swapped + unfolded)),
-        ("the learning rates are not scaled with depth (a plain torch optimizer)", (0, -inner, -outer)),
-        ("the learning rates are not scaled with depth (a plain torch optimizer)", (0, -inner, -outer + folded)),
-        ("the outer layers' learning rate does not make up for the folded multiplier", (0, 0, folded)),
-        ("nothing is scaled with depth: neither branches nor learning rates", (a, carried - inner, carried - outer)),
+        ("the correction of the inner layers' learning rate is missing", (-c, 0)),
+        ("the correction is applied twice", (c, 0)),
+        ("the correction is applied to the outer layer as well", (0, c)),
+        ("the correction is applied to the outer layer instead of the inner ones", (-c, c)),
+        (swap, (swapped, swapped)),
+        (swap, (swapped, swapped + unfolded)),
+        (plain, (-inner, -outer)),
+        (plain, (-inner, -outer + folded)),
+        ("the outer layers' learning rate does not make up for the folded multiplier", (0, folded)),
     ]

@@ -137,11 +137,11 @@ def monitor_figure(monitors: FeatureMonitor | Mapping[str, FeatureMonitor], quan
         ("stream", "update", "residual stream: update"),
     )
     for axes, (label, monitor) in zip(panels, named.items(), strict=True):
-        rule = "" if monitor.plan is None else monitor.plan.rule.name
+        rule = "no plan" if monitor.plan is None else f"rule {monitor.plan.rule.name}"
+        axes[0].set_ylabel(label or rule)
         for axis, (which, column, title) in zip(axes, kinds, strict=True):
             _lines(axis, monitor.rows, which, column)
-            head = ", ".join(part for part in (label, rule) if part)
-            axis.set_title(f"{head}\n{title}" if head else title, fontsize="small")
+            axis.set_title(title, fontsize="small")
             axis.grid(**GRID)
     for axis in panels[-1]:
         axis.set_xlabel("step")
@@ -162,6 +162,7 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], which: str, column: str) -
         axis.plot([row["step"] for row in line], values, color=shade(at), linewidth=1.1)
     if column not in ("alignment", "own_share"):
         axis.set_yscale("log")
+        _plain_ticks(axis)
 
 
 def _colors(depths: Sequence[int]) -> dict[int, Any]:

@@ -259,7 +259,8 @@ def _streams(rows: list[Row], start: dict[Any, float]) -> Iterable[tuple[str, fl
 
 
 def _exploding(rows: list[Row], start: dict[Any, float]) -> Iterable[Finding]:
-    broken = next((row for row in rows if not math.isfinite(row["size"])), None)
+    # The function stands first among the rows and comes last in the network.
+    broken = next((row for row in [*rows[1:], rows[0]] if not math.isfinite(row["size"])), None)
     if broken is not None:
         where = broken["layer"] or broken["branch"] or "the function"
         yield Finding("exploding", where, f"{where} is not finite at step {broken['step']}: exploding; lower the lr")
