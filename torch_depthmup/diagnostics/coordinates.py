@@ -122,11 +122,12 @@ class CoordinateCheck:
 
     def __str__(self) -> str:
         lines = [f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}"]
-        lines.append(f"  {'':32}{'axis':>6} {'slope':>7} {'95 % interval':>18} {'rule':>6}  verdict")
+        lines.append(f"  {'':32}{'axis':>6} {'slope':>7} {'95 % interval':>18} {'rule':>8}  verdict")
         for s in self.slopes:
             interval = f"[{s.low:+.2f}, {s.high:+.2f}]"
+            said = f"{'' if exact(s.quantity, s.predicted) else '0..'}{s.predicted:+.2f}"
             words = QUANTITIES[s.quantity]
-            lines.append(f"  {words:32}{s.axis:>6} {s.measured:+7.2f} {interval:>18} {s.predicted:+6.2f}  {s.verdict}")
+            lines.append(f"  {words:32}{s.axis:>6} {s.measured:+7.2f} {interval:>18} {said:>8}  {s.verdict}")
         return "\n".join([*lines, *(f"  wrong: {mistake}" for mistake in self.mistakes)])
 
 
@@ -359,14 +360,22 @@ def _slope(
         )
     measured, half = _mean_slope([math.log(x) for x in at], [[math.log(size) for size in line] for line in lines])
     low, high = measured - half, measured + half
-    # Where a rule lets the whole grow, the growing part adds to one that does not: any slope from 0 up is the rule's.
-    below = tolerance + (max(predicted, 0.0) if quantity in ("stream", "function") else 0.0)
+    floor = predicted if exact(quantity, predicted) else 0.0
+    bottom, top = floor - tolerance, predicted + tolerance
     verdict: Verdict = "cannot tell"
-    if high < predicted - below or low > predicted + tolerance:
+    if high < bottom or low > top:
         verdict = "broken"
-    elif predicted - below <= measured <= predicted + tolerance and half <= 2 * tolerance:
+    elif bottom <= measured <= top and bottom - tolerance <= low and high <= top + tolerance:
         verdict = "holds"
     return Slope(axis, quantity, measured, low, high, predicted, verdict)
+
+
+def exact(quantity: str, predicted: float) -> bool:
+    """Whether a prediction is the slope itself, or what the slope rises to from 0 at large depth.
+
+    Where a rule lets the whole grow, the part that grows adds to one that does not: readout, stem, outer layers.
+    """
+    return predicted <= 0 or quantity not in ("stream", "function")
 
 
 def _mean_slope(x: list[float], lines: list[list[float]]) -> tuple[float, float]:

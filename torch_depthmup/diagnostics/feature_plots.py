@@ -47,6 +47,8 @@ def coordinate_figure(check: CoordinateCheck) -> Any:
 
 
 def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope, title: str) -> None:
+    from torch_depthmup.diagnostics.coordinates import exact
+
     points = check.sizes(slope.quantity)
     depths = sorted({depth for depth, _ in points})
     colors = _colors(depths)
@@ -56,7 +58,7 @@ def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope, title: str) ->
     axis.plot(depths, means, color="0.25", linewidth=1.4, label=f"measured {slope.measured:+.2f}")
     middle = len(depths) // 2
     guide = [means[middle] * (depth / depths[middle]) ** slope.predicted for depth in depths]
-    label = f"{check.rule.name} {slope.predicted:+.2f}"
+    label = f"{check.rule.name} {'' if exact(slope.quantity, slope.predicted) else 'up to '}{slope.predicted:+.2f}"
     axis.plot(depths, guide, "--", color="tab:red", linewidth=1.2, label=label)
     axis.set(xscale="log", yscale="log", xlabel="depth", title=f"{title}\n{slope.verdict}")
     axis.set_xscale("log", base=2)
