@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import blocks
+import models
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ def rms(value: Tensor) -> float:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=0).mean())
+    return float(torch.nn.functional.cosine_similarity(a.detach().flatten(1), b.flatten(1), dim=1, eps=1e-300).mean())
 
 
 class Direct:
@@ -113,9 +114,18 @@ def check_layer(row: dict, first: Direct, last: Direct, now: Direct, gradient: T
         assert row[quantity] == pytest.approx(value, rel=1e-9, abs=1e-12), (row["layer"], quantity)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_number_equals_a_direct_computation(block: str) -> None:
-    model, x = blocks.Stack(3, BLOCKS[block]).double(), torch.randn(5, 8, dtype=torch.float64)
+@settings(max_examples=15)
+@given(
+    block=st.sampled_from(sorted(BLOCKS)),
+    depth=st.integers(1, 4),
+    samples=st.integers(1, 6),
+    width=st.integers(3, 12),
+    seed=st.integers(0, 99),
+)
+def test_every_number_equals_a_direct_computation(block: str, depth: int, samples: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = blocks.Stack(depth, BLOCKS[block], width).double()
+    x = torch.randn(samples, 8, dtype=torch.float64)
     first = Direct(model, x, signed_sum)
     with FeatureMonitor(model, x) as monitor:
         train(model, x, 2, monitor)
@@ -128,11 +138,11 @@ def test_every_number_equals_a_direct_computation(block: str) -> None:
     for row in layers:
         check_layer(row, first, last, now, model.get_parameter(row["layer"]).grad)
     streams = [row for row in monitor.rows if row["kind"] == "stream"]
-    assert [row["position"] for row in streams] == [0, 1, 2]
+    assert [row["position"] for row in streams] == list(range(depth))
     for row in streams:
         name = f"blocks.{row['position']}"
         h, g = now.outputs[name], now.outputs[name].grad
-        assert row["branch"].startswith(name) and row["depth"] == 3
+        assert row["branch"].startswith(name) and row["depth"] == depth
         assert row["size"] == pytest.approx(rms(h), rel=1e-9)
         assert row["update"] == pytest.approx(rms(h - first.outputs[name]), rel=1e-9)
         assert row["change"] == pytest.approx(rms(h - last.outputs[name]), rel=1e-9)
@@ -295,6 +305,36 @@ def test_half_precision_networks_are_measured_in_single() -> None:
     assert all(math.isfinite(row["size"]) and row["size"] > 0 for row in monitor.rows)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "gpt2-lm", "mixtral", "seq2seq"])
+def test_every_weight_in_the_branches_of_a_library_model_is_watched(name: str) -> None:
+    entry = models.entry(name)
+    if not entry.available:
+        pytest.skip(f"{entry.requires} is not installed")
+    model = entry.build()
+    with FeatureMonitor(model, entry.inputs()) as monitor:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        monitor.record(0)
+    layers = {row["layer"].partition("#")[0]: row for row in monitor.rows if row["kind"] == "layer"}
+    matrices = {n for b in monitor.branches for n in (*b.inner, *b.outer) if model.get_parameter(n).ndim >= 2}
+    assert matrices and matrices <= set(layers)
+    for row in layers.values():  # (W - W0) h = 0.25 W0 h, whatever the operation
+        assert row["own"] == pytest.approx(0.25 * row["initial"], rel=1e-4)
+    assert sum(row["kind"] == "stream" for row in monitor.rows) == len(monitor.branches)
+
+
+def test_gradients_are_those_of_the_objective() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm).double(), torch.randn(4, 8, dtype=torch.float64)
+    monitor = FeatureMonitor(model, x, objective=lambda output: 3 * signed_sum(output), device="cpu")
+    plain = FeatureMonitor(model, x)
+    monitor.record(0)
+    plain.record(0)
+    for tripled, row in zip(monitor.rows[1:], plain.rows[1:], strict=True):
+        assert tripled["gradient"] == pytest.approx(3 * row["gradient"])
+        assert tripled["alignment"] == pytest.approx(row["alignment"], abs=1e-12)
+
+
 def test_a_weight_used_twice_is_two_layers() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -308,6 +348,33 @@ def test_a_weight_used_twice_is_two_layers() -> None:
     monitor = FeatureMonitor(Tied(), torch.randn(4, 8))
     assert monitor.layers == ("fc.weight", "fc.weight#1")
     assert monitor._weights["fc.weight"] is monitor._weights["fc.weight#1"]  # kept once
+
+
+def test_routed_experts_are_watched_when_they_get_other_samples_or_none() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.experts = torch.zeros(3), nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = (x[:, :3] + self.bias).argmax(1)
+            y = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                if (chosen == i).any():
+                    y = y.index_add(0, (chosen == i).nonzero()[:, 0], expert(x[chosen == i]))
+            return x + y
+
+    block = Experts().double()
+    x = torch.randn(30, 8, dtype=torch.float64)
+    monitor = FeatureMonitor(block, x)
+    block.bias = torch.tensor([9.0, 0.0, -9.0])  # all to the first
+    change = torch.randn(8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        block.experts[0].weight.add_(change)
+    monitor.record(0)
+    (row,) = [row for row in monitor.rows if row["kind"] == "layer"]
+    assert row["layer"] == "experts.0.weight" and math.isnan(row["update"]) and math.isnan(row["own_share"])
+    assert row["own"] == pytest.approx(rms(x @ change.T), rel=1e-9)
 
 
 def test_memory_is_one_copy_of_weights_and_one_of_features_until_the_first_record() -> None:

@@ -74,7 +74,8 @@ class FeatureMonitor:
       of ``own`` in ``update``: their inner product over ``update``'s square. ``alignment`` is the cosine of W0 h and
       the gradient, which independence of forward and backward noise takes to be zero. ``weight`` and ``weight_update``
       are Frobenius norms of W and W - W0, ``weight_gradient`` that of the parameter's ``.grad``, NaN without.
-      ``folded`` is the branch multiplier that the weight contains.
+      ``folded`` is the branch multiplier that the weight contains. An expert that gets other samples than at first has
+      NaN where features are compared, and no row where it gets none.
 
     Memory: one copy of the watched weights, two of the watched features (`memory` says how many bytes).
 
@@ -321,16 +322,16 @@ class _Recording:
     def rows(self, step: int) -> list[Row]:
         sights = self.probe.run(self._product, self._stream)
         monitor = self.monitor
-        expected = {*monitor._first} - {FUNCTION}
-        if missing := sorted(expected - self.numbers.keys()):
+        missing = [branch.name for i, branch in enumerate(monitor.branches) if _key(i) not in self.numbers]
+        if missing:
             raise MeasurementError(
-                f"{monitor._label(missing[0])}: it was there when the monitor was made and is not any more. A network "
-                "that changes from call to call cannot be watched"
+                f"{missing[0]}: it was there when the monitor was made and is not any more. A network that changes "
+                "from call to call cannot be watched"
             )
         self._gradients(sights)
         self._update(FUNCTION, sights.output)
         self.entries.insert(0, (self._row(FUNCTION), self.numbers[FUNCTION]))
-        monitor._last = {key: monitor._kept(value) for key, value in self.now.items()}
+        monitor._last |= {key: monitor._kept(value) for key, value in self.now.items()}
         flat = [value.double() for _, numbers in self.entries for value in numbers.values()]
         values = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist())
         rows = []
@@ -360,10 +361,10 @@ class _Recording:
 
     def _update(self, key: str, value: Tensor) -> Tensor:
         """Notes size, update and change of a feature; returns its update since initialization."""
-        if key not in self.monitor._first or value.shape != self.monitor._first[key].shape:
+        if value.shape != self.monitor._first[key].shape:
             raise MeasurementError(
-                f"{self.monitor._label(key)}: it was not there, or had another shape, when the monitor was made. A "
-                "network that changes from call to call cannot be watched"
+                f"{self.monitor._label(key)}: it had another shape when the monitor was made. A network that changes "
+                "from call to call cannot be watched"
             )
         update = value - self.monitor._first[key].to(value.device)
         change = value - self.monitor._last[key].to(value.device)
@@ -380,12 +381,16 @@ class _Recording:
 
     def _product(self, it: Product) -> bool:
         monitor = self.monitor
-        if not monitor._watched(it.name):
+        if it.name not in monitor._weights:
             return False
-        update = self._update(it.name, it.value)
         difference = it.weight - monitor._weights[it.name].to(it.weight.device)
         own = it.times(difference)
         initial = it.value - own
+        if it.value.shape == monitor._first[it.name].shape:
+            update = self._update(it.name, it.value)
+        else:  # an expert that got other samples: what it learned itself is known, how its features moved is not
+            self.numbers[it.name] = {"size": _rms(it.value)}
+            update = torch.full_like(it.value, math.nan)
         numbers = self.numbers[it.name]
         numbers["own"], numbers["initial"], numbers["below"] = _rms(own), _rms(initial), _rms(update - own)
         wide = update.flatten().to(_wide(update))

@@ -284,6 +284,8 @@ OPERANDS: dict[Any, tuple[int, int, int | None]] = {
     aten.convolution: (0, 1, 2),
 }
 """The two factors of each weight operation among its arguments, and what is added to their product."""
+if hasattr(aten, "_grouped_mm"):  # experts side by side
+    OPERANDS[aten._grouped_mm] = (0, 1, None)
 
 PLAIN = {aten.addmm: aten.mm, aten.baddbmm: aten.bmm, aten.addmv: aten.mv}
 """The operation that is left without the addend."""
@@ -297,7 +299,7 @@ def _without_addend(func: Any, args: tuple, kwargs: dict, at: int) -> Callable[[
             return PLAIN[packet](changed[1], changed[2]) * kwargs.get("alpha", 1)
         if packet in (aten.linear, aten.convolution):
             return packet(*changed[:2], None, *changed[3:])
-        return packet(*changed[:2])
+        return packet(*changed, **kwargs)
 
     return times
 
