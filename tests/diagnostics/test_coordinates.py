@@ -109,6 +109,17 @@ def test_the_other_familys_multipliers_on_a_folded_model_are_named() -> None:
     assert result.verdict == "broken" and "that of sgd, not adam" in result.mistakes[0]
 
 
+def test_a_network_whose_gradients_grow_with_depth_is_told_from_a_wrong_rule() -> None:
+    """Post-activation bottlenecks with few channels: the gradient grows towards the input, and SGD follows it."""
+    generator = torch.Generator().manual_seed(0)
+    data = (torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 3, (16,), generator=generator))
+    options = {"depths": (2, 4, 8, 16), "steps": 1, "seeds": 2}
+    result = coordinate_check(blocks.BottleneckNet, data, optimizer="sgd", lr=1e-4, **options)
+    assert result.verdict == "broken"
+    assert result.mistakes[0].startswith("probably the network, not the rule")
+    assert not coordinate_check(blocks.BottleneckNet, data, optimizer="adam", lr=1e-3, **options).mistakes
+
+
 def test_slopes_are_least_squares_of_the_tidy_frame() -> None:
     result = check(depths=(2, 4, 8), seeds=3)
     frame = result.frame

@@ -200,7 +200,8 @@ def coordinate_check(
         rows += [_row(row, depth, width, seed) for row in monitor.rows]
         monitor.close()
     slopes = tuple(_slopes(rows, rule, kind, grid, tolerance))
-    return CoordinateCheck(rule, kind, slopes, tuple(_mistakes(slopes, rule, kind)), tuple(rows))
+    mistakes = _mistakes(slopes, rule, kind, _gradient_slope(rows, grid))
+    return CoordinateCheck(rule, kind, slopes, tuple(mistakes), tuple(rows))
 
 
 # Training on the grid
@@ -349,6 +350,18 @@ def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: math.sqrt(sum(v * v for v in given) / len(given)) for name, given in values.items() if given}
 
 
+def _gradient_slope(rows: list[dict[str, Any]], grid: list[Point]) -> float:
+    """Slope in depth of the gradient in the residual stream at initialization, which the rules take to be 0."""
+    logs: dict[int, list[float]] = {}
+    for row in rows:
+        if row["step"] == 0 and row["kind"] == "stream" and row["width"] == grid[0][1]:
+            logs.setdefault(row["total_depth"], []).append(row["gradient"])
+    sizes = {depth: math.sqrt(sum(g * g for g in values) / len(values)) for depth, values in logs.items()}
+    if not all(0 < size < math.inf for size in sizes.values()):
+        return math.nan
+    return _mean_slope([math.log(depth) for depth in sizes], [[math.log(size) for size in sizes.values()]])[0]
+
+
 def _slope(
     axis: str, quantity: str, at: list[Any], lines: list[list[float]], predicted: float, tolerance: float
 ) -> Slope:
@@ -397,7 +410,7 @@ def _mean_slope(x: list[float], lines: list[list[float]]) -> tuple[float, float]
 NEAR = 0.2  # how far from a mistake's deviations the measured ones may be
 
 
-def _mistakes(slopes: Sequence[Slope], rule: Rule, family: Family) -> list[str]:
+def _mistakes(slopes: Sequence[Slope], rule: Rule, family: Family, gradient: float) -> list[str]:
     """The probable cause first, then each broken slope in words."""
     off = {s.quantity: s.measured - s.predicted for s in slopes if s.axis == "depth"}
     broken = [slope for slope in slopes if slope.verdict == "broken"]
@@ -422,7 +435,14 @@ def _mistakes(slopes: Sequence[Slope], rule: Rule, family: Family) -> list[str]:
         ]
         nearest = min((distance for distance, _ in known), default=math.inf)
         causes = list(dict.fromkeys(text for d, text in known if d <= min(NEAR, nearest + 0.05)))
-    return ([f"probably {', or '.join(causes)}"] if causes else []) + words
+    head = [f"probably {', or '.join(causes)}"] if causes else []
+    sides = [off[name] for name in ("inner", "outer") if name in off]
+    if not causes and not family.normalised and abs(gradient) > NEAR and all(s * gradient > 0 for s in sides):
+        head = [
+            f"probably the network, not the rule: at initialization the gradient in the residual stream goes as "
+            f"depth^{gradient:+.2f}, and the rule takes it to be constant"
+        ]
+    return head + words
 
 
 def _in_words(slope: Slope) -> str:

@@ -213,6 +213,12 @@ def _mean_square(values: Iterable[float]) -> float:
     return math.sqrt(sum(v * v for v in listed) / len(listed)) if listed else math.nan
 
 
+def _mean(values: Iterable[float]) -> float:
+    """The mean of what is a number; a layer behind dead units has no share."""
+    listed = [v for v in values if not math.isnan(v)]
+    return sum(listed) / len(listed) if listed else math.nan
+
+
 def _stages(rows: list[Row], base: list[Row] | None, plan: Plan | None, family: Family) -> Iterable[Stage]:
     slopes = {} if plan is None else rules.predicted_slopes(plan.rule, family)
     groups, others = _grouped(rows), _grouped(base or [])
@@ -232,7 +238,7 @@ def _stages(rows: list[Row], base: list[Row] | None, plan: Plan | None, family: 
             base_depth=base_depth,
             own=own,
             relative=_mean_square(_over(row["own"], row["initial"]) for row in group),
-            share=sum(row["own_share"] for row in group) / len(group),
+            share=_mean(row["own_share"] for row in group),
             exponent=slopes.get(role),
             factor=factor,
         )
@@ -250,7 +256,7 @@ def _streams(rows: list[Row], start: dict[Any, float]) -> Iterable[tuple[str, fl
     for stream, members in _stream_rows(rows).items():
         last = members[-1]
         begun = start[stream, last["position"]]
-        alignment = sum(row["alignment"] for row in members) / len(members)
+        alignment = _mean(row["alignment"] for row in members)
         name = f"{stream}: {_prefix(members[0]['branch'])}, depth {last['depth']}"
         yield name, _over(last["update"], begun), _over(last["size"], begun), alignment
 

@@ -71,9 +71,10 @@ class FeatureMonitor:
       the objective, at h) and ``alignment``: the mean over the first dimension of the cosine of h and its gradient.
     - ``"layer"``: a weight operation's W h without bias, with W0 and h0 at initialization. ``own`` is (W - W0) h,
       ``initial`` is W0 h, ``below`` is W0 (h - h0); as vectors ``update = own + below``, and ``own_share`` is the share
-      of ``own`` in ``update``: their inner product over ``update``'s square. ``alignment`` is the cosine of W0 h and
-      the gradient, which independence of forward and backward noise takes to be zero. ``weight`` and ``weight_update``
-      are Frobenius norms of W and W - W0, ``weight_gradient`` that of the parameter's ``.grad``, NaN without.
+      of ``own`` in ``update``: their inner product over ``update``'s square, NaN where nothing changed. ``alignment``
+      is the cosine of W0 h and the gradient, which independence of forward and backward noise takes to be zero.
+      ``weight`` and ``weight_update`` are Frobenius norms of W and W - W0, ``weight_gradient`` that of the parameter's
+      ``.grad``, NaN without.
       ``folded`` is the branch multiplier that the weight contains. An expert that gets other samples than at first has
       NaN where features are compared, and no row where it gets none.
 
@@ -331,7 +332,7 @@ class _Recording:
         self._gradients(sights)
         self._update(FUNCTION, sights.output)
         self.entries.insert(0, (self._row(FUNCTION), self.numbers[FUNCTION]))
-        monitor._last |= {key: monitor._kept(value) for key, value in self.now.items()}
+        monitor._last |= {k: v if monitor.device is None else v.to(monitor.device) for k, v in self.now.items()}
         flat = [value.double() for _, numbers in self.entries for value in numbers.values()]
         values = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist())
         rows = []
@@ -369,7 +370,7 @@ class _Recording:
         update = value - self.monitor._first[key].to(value.device)
         change = value - self.monitor._last[key].to(value.device)
         self.numbers[key] = {"size": _rms(value), "update": _rms(update), "change": _rms(change)}
-        self.now[key] = value.clone() if key.startswith("@") else value
+        self.now[key] = value.clone()  # what comes after may write over it
         return update
 
     def _stream(self, branch: int, value: Tensor, added: Tensor) -> None:
