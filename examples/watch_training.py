@@ -20,7 +20,6 @@ import torch_depthmup as dm
 from torch_depthmup.diagnostics.coordinates import coordinate_check
 from torch_depthmup.diagnostics.feature_plots import monitor_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
-from torch_depthmup.optim import Adam
 
 SHALLOW, DEEP, LR, STEPS = 4, 32, 1e-3, 40
 
@@ -37,7 +36,7 @@ def train(depth: int, rule: str, x: Tensor, y: Tensor) -> FeatureMonitor:
     torch.manual_seed(0)
     model = resnet(depth)
     dm.parametrize(model, base=resnet(SHALLOW), example_inputs=x[:4], rule=rule)
-    optimizer = Adam(model.parameters(), lr=LR)
+    optimizer = dm.Adam(model.parameters(), lr=LR)
     monitor = FeatureMonitor(model, probe=x[:16], every=5)
     for step in range(STEPS):
         batch = torch.randint(0, len(x), (64,))

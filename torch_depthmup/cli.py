@@ -12,6 +12,10 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": ("torch_depthmup.demo", "train on digits at three depths: does the learning rate transfer?"),
+    "nfd": (
+        "torch_depthmup.diagnostics.nfd_command",
+        "predict the training of a wide network, and train one beside it",
+    ),
 }
 """Command -> the module with its ``add_arguments(parser)`` and ``run(options) -> exit code``, and a line of help."""
 

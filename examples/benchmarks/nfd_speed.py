@@ -117,8 +117,8 @@ def main() -> None:
     ratios = [a / b for a, b in pairs]
     print(
         f"width {width}, depth {depth}, {SAMPLES} samples, 4 steps on {device}: network {pairs[-1][0]:.2f} s, "
-        f"simulation {pairs[-1][1]:.2f} s; ratio {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}], "
-        f"{len(ratios)} pairs",
+        f"simulation {pairs[-1][1]:.2f} s; ratio {statistics.median(ratios):.1f} "
+        f"[{min(ratios):.1f}, {max(ratios):.1f}], {len(ratios)} pairs",
         flush=True,
     )
     del dense

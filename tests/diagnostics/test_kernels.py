@@ -21,7 +21,7 @@ COVARIANCE = torch.tensor([[1.3, 0.4, -0.6], [0.4, 0.8, 0.1], [-0.6, 0.1, 2.0]],
 @pytest.mark.parametrize("name, callable_", [("erf", torch.erf), ("identity", lambda x: x * 1.0)])
 def test_exact_kernels_are_those_of_quadrature(name: str, callable_) -> None:
     for exact, numeric in zip(dual_kernels(COVARIANCE, name), dual_kernels(COVARIANCE, callable_), strict=True):
-        torch.testing.assert_close(exact, numeric, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exact, numeric, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "silu", "erf"])

@@ -298,6 +298,31 @@ def test_a_compiled_model_gives_the_numbers_of_the_module_inside() -> None:
     assert "layer" in {row["kind"] for row in through.rows}
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.evidence)])
+def test_compiled_training_under_autocast_is_bit_identical_and_compiles_once(backend: str) -> None:
+    def run(watch: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, x = blocks.Stack(2, blocks.StochasticDepth), torch.randn(8, 8)
+        compiled = torch.compile(model, backend=backend)
+        monitor = FeatureMonitor(compiled, x) if watch else None  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        torch._dynamo.utils.counters.clear()
+        for step in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = compiled(x).float().square().mean()
+                if monitor is not None:
+                    monitor.record(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert torch._dynamo.utils.counters["frames"]["total"] == 1
+        return model.state_dict()
+
+    plain, watched = run(False), run(True)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
 def test_half_precision_networks_are_measured_in_single() -> None:
     model, x = blocks.Stack(2, blocks.PreNorm).bfloat16(), torch.randn(4, 8).bfloat16()
     with FeatureMonitor(model, x) as monitor:

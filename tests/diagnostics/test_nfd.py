@@ -247,3 +247,50 @@ def test_the_memory_estimate_is_that_of_the_tensors() -> None:
     estimate = memory_estimate(setting, 3, 0, 1000, 2)
     bases = 8 * 2 * (2 * 15 + 2 * 12 + 2 * 12) * 1000 * 2 * 4  # forward, backward and increments of both matrices
     assert bases < estimate < 1.3 * bases
+
+
+def test_figures_have_their_panels() -> None:
+    common = {"depth": 3, "steps": 2, "lr": 1.0, "block_layers": 2}
+    predicted = simulate(X, Y, **common, width=300, seeds=2)
+    assert [axis.get_title() for axis in predicted.plot().axes][:2] == ["loss", "outputs"]
+    comparison = compare(predicted, measure(Setting(**common), X, Y, width=50, seeds=2))
+    assert len(comparison.plot().axes) == 4
+    frame = comparison.frame()
+    assert set(frame.columns) == {"quantity", "step", "t", "predicted", "measured", "z"} and frame.t.max() == 1
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("block_layers", [1, 2])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("rule", ["depth-mup-uncorrected", "depth-mup", "complete-p"])
+def test_wide_dense_networks_agree(block_layers, activation: str, rule: str) -> None:
+    common = {"depth": 8, "steps": 3, "lr": 1.0, "activation": activation, "block_layers": block_layers, "rule": rule,
+              "base_depth": 2}  # fmt: skip
+    predicted = simulate(X, Y, **common, width=8000, seeds=16)
+    comparison = compare(predicted, measure(Setting(**common), X, Y, width=1024, seeds=12))
+    assert float(comparison.z("outputs").abs().max()) < 4
+    assert comparison.verdict.startswith("agrees"), comparison.verdict
+
+
+@pytest.mark.evidence
+def test_the_error_of_the_mean_falls_like_one_over_width() -> None:
+    """Of the finite network's own law, which the simulation has exactly; the loss, whose bias is clear of noise."""
+    common = {"depth": 4, "steps": 2, "lr": 2.0, "block_layers": 2}
+    limit = simulate(X, Y, **common, width=20000, seeds=32).losses[:, -1].mean()
+    widths, gaps = (32, 64, 128), []
+    for width in widths:
+        losses = torch.cat([simulate(X, Y, **common, width=width, seeds=range(i, i + 1000)).losses[:, -1]
+                            for i in range(0, 8000, 1000)])  # fmt: skip
+        gap, error = (losses.mean() - limit).abs(), losses.std() / math.sqrt(len(losses))
+        assert gap > 5 * error
+        gaps.append(float(gap))
+    slope = math.log(gaps[0] / gaps[-1]) / math.log(widths[0] / widths[-1])
+    assert slope == pytest.approx(-1, abs=0.25)
+
+
+@pytest.mark.evidence
+def test_the_error_in_depth_falls_like_one_over_depth() -> None:
+    from torch_depthmup.diagnostics.nfd import infinite_depth
+
+    limit = infinite_depth(X, Y, depths=[2, 4, 8, 16, 32], steps=2, lr=1.0, width=30000, seeds=32, activation="relu")
+    assert limit.rate == pytest.approx(1, abs=0.25) and limit.rate_error < 0.25

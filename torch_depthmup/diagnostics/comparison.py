@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_depthmup.diagnostics.canonical import CanonicalBlock, CanonicalResNet, Setting, checked_data
 from torch_depthmup.diagnostics.dynamics import Record
 from torch_depthmup.diagnostics.extras import needs
-from torch_depthmup.diagnostics.nfd import SIZES, NFDResult, collect
+from torch_depthmup.diagnostics.simulation import SIZES, NFDResult, collect
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.optim import SGD
 from torch_depthmup.parametrize import parametrize
@@ -59,7 +59,8 @@ def measure(
     results = [_train(setting, inputs, targets, width, seed, backward, dtype) for seed in which]
     if not results:
         raise DepthMuPError("at least one seed is needed")
-    return replace(results[0], **{name: torch.cat([getattr(r, name) for r in results]) for name in _PER_SEED})
+    together: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in results]) for name in _PER_SEED}
+    return replace(results[0], **together)
 
 
 _PER_SEED = ("outputs", "held_out", "losses", *SIZES, "kernels", "feature_kernels", "gradient_kernels")
@@ -215,7 +216,7 @@ class Comparison:
                 left.errorbar(steps, mean, error, fmt=style, color=f"C{sample}", markersize=4, label=name)
             for axis, field in zip(others, ("stream_update", "inner_own", "outer_own"), strict=True):
                 mean, error = result.mean(field)[-1], result.error(field)[-1]
-                times = torch.arange(1, len(mean) + 1) / len(mean)
+                times = result.layer_times(field)
                 every = max(1, len(mean) // 16) if kind == "measured" else 1
                 axis.errorbar(times[::every], mean[::every], error[::every], fmt=style, markersize=4, color="C0")
                 axis.set(
@@ -223,6 +224,8 @@ class Comparison:
                     xlabel="layer time t",
                     ylim=(0, None),
                 )
+        for axis in others:
+            axis.set_ylim(bottom=0)
         left.set(title="outputs", xlabel="step")
         left.legend(fontsize="small", frameon=False)
         return figure

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_depthmup.diagnostics.nfd import NFDResult, simulate
+from torch_depthmup.diagnostics.simulation import NFDResult, simulate
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["DepthLimit", "Returns", "infinite_depth", "returns"]
