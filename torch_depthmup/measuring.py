@@ -19,16 +19,16 @@ from torch_depthmup.errors import MeasurementError
 from torch_depthmup.graph import addition_operands, call, fresh, quiet
 from torch_depthmup.tracing import Trace
 
-__all__ = ["branch_values", "check_branches", "filled"]
+__all__ = ["Meter", "branch_values", "check_branches", "filled", "run_metered"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
 
 
-class _Meter(TorchFunctionMode):
-    """Reads the branch operand of the residual additions, and hands on a given value in its place."""
+class Meter(TorchFunctionMode):
+    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch."""
 
-    def __init__(self, found: Trace, visit: Callable[[int, Tensor], Tensor | None]):
+    def __init__(self, found: Trace, visit: Callable[[int, Tensor, Tensor], Tensor | None]):
         super().__init__()
         self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
         self.visit = visit
@@ -43,7 +43,7 @@ class _Meter(TorchFunctionMode):
         if self.ordinal not in self.sites:
             return func(*args, **kwargs)
         position, branch = self.sites[self.ordinal]
-        value = self.visit(branch, operands[position].detach())
+        value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
         if value is None:
             return func(*args, **kwargs)
         if position == 0 and func.__name__ in ("add_", "sub_", "subtract_", "__iadd__", "__isub__"):
@@ -55,7 +55,7 @@ class _Meter(TorchFunctionMode):
         return func(*changed, *args[2:], **rest)
 
 
-def _run(model: nn.Module, inputs: Any, meter: _Meter) -> None:
+def run_metered(model: nn.Module, inputs: Any, meter: Meter) -> None:
     """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
     with quiet(model, batch_statistics=_has_batch_statistics(model, inputs)), _exact_matrix_products(), meter:
         call(model, fresh(inputs))
@@ -113,10 +113,10 @@ def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
             )
     values: dict[int, Tensor] = {}
 
-    def read(branch: int, value: Tensor) -> None:
+    def read(branch: int, value: Tensor, skip: Tensor) -> None:
         values[branch] = value.clone()
 
-    _run(model, inputs, _Meter(found, read))
+    run_metered(model, inputs, Meter(found, read))
     for i, branch in enumerate(found.branches):
         if i not in values:
             raise MeasurementError(
@@ -142,7 +142,7 @@ def check_branches(
     """
     wrong: list[str] = []
 
-    def compare(branch: int, value: Tensor) -> Tensor:
+    def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
         wanted = before[branch].float() * multipliers[branch]
         error = float((value.float() - wanted).norm() / wanted.norm())
         if before[branch].dtype == torch.float64:
@@ -158,7 +158,7 @@ def check_branches(
             )
         return before[branch].clone()
 
-    _run(model, inputs, _Meter(found, compare))
+    run_metered(model, inputs, Meter(found, compare))
     if wrong:
         raise MeasurementError(
             "; ".join(wrong[:3])

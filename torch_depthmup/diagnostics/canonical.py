@@ -22,9 +22,27 @@ from torch_depthmup.diagnostics.activations import Activation, get_activation
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import Rule, depth_multipliers, get_family, get_rule
 
-__all__ = ["CanonicalBlock", "CanonicalResNet", "Setting", "checked_data"]
+__all__ = ["CanonicalBlock", "CanonicalResNet", "Scales", "Setting", "checked_data"]
 
 Loss = Literal["mse", "cross_entropy"]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A network of the same shape with other constants: what each part multiplies by, and learns at.
+
+    Gains are relative to the canonical network's matrices; rates are learning rates in its units, ``None`` for those
+    of the setting. A rate of 0 freezes the part.
+    """
+
+    input_gain: float = 1.0
+    inner_gain: float = 1.0
+    outer_gain: float = 1.0
+    readout_gain: float = 1.0
+    input_rate: float | None = None
+    inner_rate: float | None = None
+    outer_rate: float | None = None
+    readout_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Setting:
         batch_size: samples of a step, taken in a fixed order; ``None`` takes all.
         train_readout: whether v learns, at lr * n.
         train_input: whether U learns, at lr * n.
+        scales: other gains and rates than the canonical ones; `like.simulate_like` reads them off a model.
     """
 
     depth: int
@@ -60,6 +79,7 @@ class Setting:
     batch_size: int | None = None
     train_readout: bool = False
     train_input: bool = False
+    scales: Scales = Scales()
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 1), ("base_depth", 1), ("steps", 0)):
@@ -86,6 +106,9 @@ class Setting:
 
     def layer_lr(self, role: Literal["inner", "outer"]) -> float:
         """The learning rate of a block's matrix, in units of the width."""
+        own = self.scales.inner_rate if role == "inner" else self.scales.outer_rate
+        if own is not None:
+            return own
         rule = get_rule(self.rule)
         return self.lr * depth_multipliers(rule, get_family("sgd"), role, self.depth / self.base_depth).lr
 

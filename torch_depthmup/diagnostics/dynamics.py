@@ -21,7 +21,10 @@ KERNELS_KEPT = 9  # layer times at which kernels between samples are kept: 0, 1/
 class _Matrix:
     """A trained matrix: the Gaussian one it started as, and what SGD added, sum over steps and samples of c p q^T."""
 
-    def __init__(self, capacity: tuple[int, int], stored: int, width: int, noise: Noise, coupling: Coupling):
+    def __init__(
+        self, capacity: tuple[int, int], stored: int, width: int, noise: Noise, coupling: Coupling, gain: float
+    ):
+        self.gain = gain
         self.start = GaussianMatrix(width, capacity, noise, coupling)
         shape = len(noise.generators), stored, width
         self.left = torch.empty(shape, device=noise.device, dtype=noise.dtype)
@@ -35,12 +38,12 @@ class _Matrix:
         if count:
             inner = torch.bmm(q, self.right[:, :count].mT) * self.coefficients[:, None] / q.shape[2]
             own = torch.bmm(inner, self.left[:, :count])
-        return self.start.right(q) + own, own
+        return self.gain * self.start.right(q) + own, own
 
     def backward(self, p: Tensor) -> Tensor:
         """W^T p / sqrt(n) for rows p."""
         count = self.coefficients.shape[1]
-        value = self.start.left(p)
+        value = self.gain * self.start.left(p)
         if count:
             inner = torch.bmm(p, self.left[:, :count].mT) * self.coefficients[:, None] / p.shape[2]
             value = torch.baddbmm(value, inner, self.right[:, :count])
@@ -66,13 +69,14 @@ class Network:
         self.seeds = len(noise.generators)
         batch = len(setting.batch(0, samples))
         capacity = (setting.steps + 1) * len(points), setting.steps * samples
-        self.embedding = noise(points.shape[1], width)
-        self.readout = noise(classes, width)
+        scales = setting.scales
+        self.embedding = scales.input_gain * noise(points.shape[1], width)
+        self.readout = scales.readout_gain * noise(classes, width)
+        gains = (scales.inner_gain, scales.outer_gain)[-setting.block_layers :]
         self.matrices = [
-            tuple(_Matrix(capacity, setting.steps * batch, width, noise, coupling) for _ in range(setting.block_layers))
+            tuple(_Matrix(capacity, setting.steps * batch, width, noise, coupling, gain) for gain in gains)
             for _ in range(setting.depth)
         ]
-        self.start: list[Tensor] = []  # h_0 .. h_L, then what the activations took, all at initialization
 
 
 @dataclass
@@ -145,15 +149,19 @@ def backward(
     if setting.train_readout:
         slope = torch.bmm(errors.mT, last[:, :samples])
         velocity["readout"] = mu * velocity["readout"] + slope
-        network.readout = network.readout - setting.lr * velocity["readout"]
+        network.readout = network.readout - _rate(setting.scales.readout_rate, setting) * velocity["readout"]
     if setting.train_input:
         root = math.sqrt(network.points.shape[1])
         slope = (
             torch.bmm(network.points[batch].T.expand(network.seeds, -1, -1), weight[:, :, None] * g[:, batch]) / root
         )
         velocity["embedding"] = mu * velocity["embedding"] + slope
-        network.embedding = network.embedding - setting.lr * velocity["embedding"]
+        network.embedding = network.embedding - _rate(setting.scales.input_rate, setting) * velocity["embedding"]
     return True
+
+
+def _rate(own: float | None, setting: Setting) -> float:
+    return setting.lr if own is None else own
 
 
 class Recorded(Protocol):

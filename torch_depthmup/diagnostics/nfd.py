@@ -1,11 +1,12 @@
 """Neural Feature Dynamics (arXiv 2512.21075): predict the training of very wide residual networks.
 
-`simulate` trains the canonical network at any width without its matrices; `gia_gap`, `infinite_depth`, `returns` and the
-closed forms say what follows; `CanonicalResNet` is that network as an ordinary module.
+`simulate` trains the canonical network at any width without its matrices, `simulate_like` a user's own; `gia_gap`,
+`infinite_depth`, `returns` and the closed forms say what follows; `CanonicalResNet` is the network as a module.
 """
 
-from torch_depthmup.diagnostics.canonical import CanonicalResNet, Setting
+from torch_depthmup.diagnostics.canonical import CanonicalResNet, Scales, Setting
 from torch_depthmup.diagnostics.kernels import first_order_change, initial_kernels, tangent_kernel
+from torch_depthmup.diagnostics.like import simulate_like
 from torch_depthmup.diagnostics.limits import DepthLimit, Returns, infinite_depth, returns
 from torch_depthmup.diagnostics.simulation import GIAGap, NFDResult, gia_gap, memory_estimate, simulate
 
@@ -15,6 +16,7 @@ __all__ = [
     "GIAGap",
     "NFDResult",
     "Returns",
+    "Scales",
     "Setting",
     "first_order_change",
     "gia_gap",
@@ -23,5 +25,6 @@ __all__ = [
     "memory_estimate",
     "returns",
     "simulate",
+    "simulate_like",
     "tangent_kernel",
 ]

@@ -23,6 +23,8 @@ Simulates the training of an infinitely wide residual network by Neural Feature 
 same architecture beside it with this package's SGD, on a few of scikit-learn's scanned digits (odd against even), and
 prints how far they are apart in standard errors over seeds. Writes a figure with both. Under a minute on two cores."""
 
+COUPLING = "decoupled: gradient independence, beside networks with independent backward matrices (default reused)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``depthmup nfd``."""
@@ -43,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=4096, help="width of the simulation (default 4096)")
     parser.add_argument("--network-width", type=int, default=512, help="width of the networks (default 512)")
     parser.add_argument("--seeds", type=int, default=8, help="of each (default 8)")
-    parser.add_argument("--coupling", choices=("reused", "decoupled"), default="reused",
-                        help="decoupled: gradient independence, beside networks with independent backward matrices")  # fmt: skip
+    parser.add_argument("--coupling", choices=("reused", "decoupled"), default="reused", help=COUPLING)
     parser.add_argument("--out", type=Path, default=Path("nfd.png"), metavar="FILE", help="default: nfd.png")
     parser.add_argument("--verbose", action="store_true", help="also print the memory that the simulation will take")
 

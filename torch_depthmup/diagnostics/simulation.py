@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.activations import Activation
-from torch_depthmup.diagnostics.canonical import Loss, Setting, checked_data
+from torch_depthmup.diagnostics.canonical import Loss, Scales, Setting, checked_data
 from torch_depthmup.diagnostics.dynamics import Network, Record, Recorded, backward, forward
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.gaussian import Coupling, Noise
@@ -152,7 +152,8 @@ class NFDResult:
         try:
             data = torch.load(path, weights_only=True)
             setting = data.pop("setting")
-            return cls(setting=Setting(**{**setting, "rule": Rule(**setting["rule"])}), **data)
+            known = {"rule": Rule(**setting["rule"]), "scales": Scales(**setting["scales"])}
+            return cls(setting=Setting(**{**setting, **known}), **data)
         except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
             raise DepthMuPError(f"{path} is not a saved NFDResult: {error}") from error
 
@@ -185,6 +186,7 @@ def simulate(
     momentum: float = 0.0,
     batch_size: int | None = None,
     held_out: Tensor | None = None,
+    scales: Scales | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -200,6 +202,7 @@ def simulate(
         coupling: ``"reused"`` predicts real networks; ``"decoupled"`` is NFD under gradient independence.
         seeds: how many, or which; simulated as one batch.
         held_out: (points, d), only evaluated.
+        scales: other constants than the canonical ones.
         device: where to simulate; ``None`` is that of the inputs.
         dtype: of the simulation.
         progress: whether to show a bar over steps (needs rich).
@@ -213,9 +216,11 @@ def simulate(
 
     Source: arXiv 2512.21075, the NFD system; the conditional simulation is that of `gaussian.py`.
     """
-    setting = Setting(depth=depth, steps=steps, lr=lr, base_depth=base_depth, block_layers=block_layers,
-                      activation=activation, rule=rule, loss=loss, horizon=horizon, momentum=momentum,
-                      batch_size=batch_size, train_readout=train_readout, train_input=train_input)  # fmt: skip
+    setting = Setting(
+        depth=depth, steps=steps, lr=lr, base_depth=base_depth, block_layers=block_layers, activation=activation,
+        rule=rule, loss=loss, horizon=horizon, momentum=momentum, batch_size=batch_size, train_readout=train_readout,
+        train_input=train_input, scales=scales or Scales(),
+    )  # fmt: skip
     device = torch.device(device) if device is not None else inputs.device
     inputs, targets = checked_data(inputs, targets, setting, device, dtype)
     points = inputs if held_out is None else torch.cat([inputs, _points(held_out, inputs)])
