@@ -262,3 +262,16 @@ def test_names_lose_what_wrappers_add() -> None:
     assert normalise_name("module._orig_mod.layers.0._orig_mod.fc.weight") == "layers.0.fc.weight"
     assert normalise_name("a.parametrizations.weight.original0") == "a.weight.0"
     assert normalise_name("a.parametrizations.weight.original") == "a.weight"
+
+
+def test_inference_tensors_do_as_example_inputs() -> None:
+    with torch.inference_mode():
+        inputs = x()
+    assert len(dm.find_branches(mlp(lambda self, h: h + two_layers(self, h)), inputs)) == 3
+
+
+def test_a_graph_that_waits_for_its_backward_pass_is_not_spoiled() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH), mlp(lambda self, h: h + two_layers(self, h)))
+    loss = model.eval()(x()).sum()  # saves the running statistics
+    dm.find_branches(model, x())
+    loss.backward()

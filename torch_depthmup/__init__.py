@@ -1,5 +1,6 @@
 """Learning rates that transfer in depth, for any residual network in PyTorch."""
 
+from torch_depthmup import diagnostics
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
 from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, per_group, rescale
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "Residual",
     "Rule",
+    "diagnostics",
     "find_branches",
     "optimizer",
     "parametrize",

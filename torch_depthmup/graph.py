@@ -147,8 +147,8 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 def fresh(value: Any) -> Any:
     """Copies of the example inputs that autograd follows and in-place operations may overwrite."""
     if isinstance(value, Tensor):
-        copy = value.detach()
-        return (copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy).clone()
+        copy = value.detach().clone()  # a copy of an inference tensor is an ordinary one
+        return copy.requires_grad_().clone() if copy.is_floating_point() or copy.is_complex() else copy
     if isinstance(value, Mapping):
         return {key: fresh(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -167,7 +167,7 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
+        (module, name, buffer, *_saved(buffer))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -194,14 +194,24 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, name, buffer, saved in buffers:
+        for module, name, buffer, saved, version in buffers:
             module._buffers[name] = buffer
-            if buffer is not None and saved is not None:
+            # What was not written to is not written to either: a graph may wait for its backward pass.
+            if buffer is not None and saved is not None and (version < 0 or _version(buffer) != version):
                 with torch.no_grad():
                     buffer.copy_(saved)
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)
+
+
+def _saved(buffer: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if buffer is None or buffer.is_meta else (buffer.detach().clone(), _version(buffer))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -19,7 +19,7 @@ from torch_depthmup.errors import MeasurementError
 from torch_depthmup.graph import addition_operands, call, fresh, quiet
 from torch_depthmup.tracing import Trace
 
-__all__ = ["Meter", "branch_values", "check_branches", "filled", "run_metered"]
+__all__ = ["Meter", "branch_values", "check_branches", "exact_matrix_products", "filled", "run_metered"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
@@ -57,7 +57,7 @@ class Meter(TorchFunctionMode):
 
 def run_metered(model: nn.Module, inputs: Any, meter: Meter) -> None:
     """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
-    with quiet(model, batch_statistics=_has_batch_statistics(model, inputs)), _exact_matrix_products(), meter:
+    with quiet(model, batch_statistics=_has_batch_statistics(model, inputs)), exact_matrix_products(), meter:
         call(model, fresh(inputs))
 
 
@@ -73,7 +73,7 @@ def _has_batch_statistics(model: nn.Module, inputs: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _exact_matrix_products() -> Iterator[None]:
+def exact_matrix_products() -> Iterator[None]:
     """Without TF32, whose rounding would hide what is measured."""
     saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

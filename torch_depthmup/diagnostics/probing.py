@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.graph import addition_operands, call, fresh, quiet, tensors_in, unwrap
-from torch_depthmup.measuring import _exact_matrix_products
+from torch_depthmup.measuring import exact_matrix_products
 from torch_depthmup.tracing import Trace, trace
 
 __all__ = ["Product", "Probe", "Sights", "main_output", "signed_sum"]
@@ -116,7 +116,7 @@ class Probe:
             see_stream: called at each residual addition with the branch's index, the sum, and the branch's value.
         """
         streams, products = _Streams(self.found, see_stream), _Products(self.model, see_product)
-        with self._undisturbed(), _exact_matrix_products():
+        with self._undisturbed(), exact_matrix_products():
             with streams, products:
                 output = call(self.model, fresh(self.inputs))
             products.settle()
