@@ -105,11 +105,41 @@ def test_other_classes_by_family_and_unknown_ones_refused(model: Stack) -> None:
     assert rates(dm.optimizer(Own, family="adam")(model), model)["blocks.1.fc2.bias"] == 0.025
     with pytest.raises(OptimizerError, match="no optimizer family is called 'lion'"):
         dm.optimizer(Own, family="lion")
-    for cls in (torch.optim.RAdam, torch.optim.LBFGS):
+    for cls in (torch.optim.RAdam, torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.ASGD):
         with pytest.raises(OptimizerError, match="cannot be scaled"):
             dm.optimizer(cls, family="adam")
     with pytest.raises(OptimizerError, match="how='wrap'"):
         dm.optimizer(torch.optim.Adafactor)(model)
+
+
+class Keywords(torch.optim.AdamW):
+    def __init__(self, params, **rest):
+        super().__init__(params, **rest)
+
+
+class Positional(torch.optim.AdamW):
+    def __init__(self, params, *rest, **others):
+        super().__init__(params, *rest, **others)
+
+
+class Fixed(torch.optim.AdamW):
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr=lr, weight_decay=0.1, eps=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "options", "spelled"),
+    [
+        (Keywords, (), {}, {}),
+        (Keywords, (), {"lr": 0.1}, {"lr": 0.1}),
+        (Positional, (0.1, (0.8, 0.9)), {"eps": 1e-3}, {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}),
+        (Fixed, (), {"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.1, "eps": 1e-4}),
+    ],
+)
+def test_options_that_a_class_fills_in_by_itself_are_scaled(model: Stack, cls, args, options, spelled) -> None:
+    found, wanted = dm.optimizer(cls)(model, *args, **options), dm.AdamW(model, **spelled)
+    keys = ("lr", "weight_decay", "eps", "betas")
+    assert [[g[k] for k in keys] for g in found.param_groups] == [[g[k] for k in keys] for g in wanted.param_groups]
 
 
 def test_unknown_and_repeated_parameters_are_refused(model: Stack) -> None:
@@ -118,10 +148,12 @@ def test_unknown_and_repeated_parameters_are_refused(model: Stack) -> None:
         OptimizerError, match=r"2 parameters of group 0 belong to no parametrized model: \(2, 3\), \(2,\)"
     ):
         dm.AdamW([*model.parameters(), *extra.parameters()])
-    with pytest.raises(OptimizerError, match="listed twice"):
+    with pytest.raises(OptimizerError, match="stem.weight is listed twice, in group 0"):
         dm.AdamW([*model.parameters(), model.stem.weight])
-    with pytest.raises(OptimizerError, match="listed twice"):
+    with pytest.raises(OptimizerError, match="stem.weight is listed twice, in groups 0 and 1"):
         dm.AdamW([{"params": [model.stem.weight]}, {"params": [model.stem.weight]}])
+    with pytest.raises(TypeError, match="one of these is of type int"):
+        dm.AdamW([model.stem.weight, 3])
     with pytest.raises(OptimizerError, match="belong to no parametrized model"):
         dm.AdamW(extra)
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -155,8 +187,30 @@ def test_groups_added_later_are_scaled_or_refused(model: Stack) -> None:
     optimizer.add_param_group({"params": late, "lr": 0.4})
     assert rates(optimizer, model)["blocks.7.fc1.weight"] == 0.4
     assert rates(optimizer, model)["blocks.7.fc2.weight"] == 0.1
-    with pytest.raises(OptimizerError, match="belong to no parametrized model"):
-        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    groups = [dict(group) for group in optimizer.param_groups]
+    for refused in ([*late, *nn.Linear(2, 2).parameters()], late):
+        with pytest.raises(OptimizerError, match="belong to no parametrized model|listed twice"):
+            optimizer.add_param_group({"params": refused})
+    assert optimizer.param_groups == groups, "what is refused leaves nothing behind"
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize("name", sorted(COPIES))
+def test_copies_scale_what_is_added_and_watch_the_rates(model: Stack, name: str) -> None:
+    optimizer = dm.AdamW(model.stem.parameters(), lr=0.1)
+    net, copied = COPIES[name]((model, optimizer))
+    assert type(copied) is torch.optim.AdamW
+    copied.add_param_group({"params": list(net.blocks.parameters())})
+    assert len(optimizer.param_groups) == 1
+    wanted = rates(dm.AdamW(net, lr=0.1), net)
+    assert rates(copied, net).items() <= wanted.items() and "blocks.0.fc2.weight" in rates(copied, net)
+    step(net, copied)
+    for group in copied.param_groups:
+        group["lr"] = 0.1
+    with pytest.warns(UserWarning, match="no longer in the planned ratio"):
+        step(net, copied)
 
 
 def test_optimizers_copy_pickle_and_reload(model: Stack) -> None:
@@ -247,10 +301,11 @@ def test_rescale_refuses_what_it_cannot_do_and_changes_nothing(model: Stack) -> 
     lr_scheduler.StepLR(scheduled, 2)
     with pytest.raises(OptimizerError, match="scheduler"):
         dm.rescale(scheduled, model)
-    foreign = torch.optim.AdamW([*model.parameters(), *nn.Linear(2, 2).parameters()])
-    with pytest.raises(OptimizerError, match="belong to no parametrized model"):
-        dm.rescale(foreign, model)
-    assert len(foreign.param_groups) == 1 and "lr_multiplier" not in foreign.param_groups[0]
+    for other in (nn.Linear(2, 2), copy.deepcopy(model)):  # without a plan, and with one that is not this model's
+        foreign = torch.optim.AdamW([*model.parameters(), *other.parameters()])
+        with pytest.raises(OptimizerError, match="are not parameters of this parametrized model"):
+            dm.rescale(foreign, model)
+        assert len(foreign.param_groups) == 1 and "lr_multiplier" not in foreign.param_groups[0]
     with pytest.raises(dm.DepthMuPError, match="no plan"):
         dm.rescale(torch.optim.SGD(nn.Linear(2, 2).parameters()), nn.Linear(2, 2))
 

@@ -147,15 +147,16 @@ def test_other_torch_optimizers_fold_as_they_wrap(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch older than 2.9 has no Muon")
-def test_muon_folds_as_it_wraps() -> None:
+@pytest.mark.parametrize(("depth", "tolerance"), [(8, TOLERANCE), (6, 1e-2)])
+def test_muon_folds_as_it_wraps(depth: int, tolerance: float) -> None:
+    # Muon iterates in bfloat16: exact for m = 1/2 at depth 8, while a weight times 0.577 rounds differently.
     outputs = {}
     for how in ("fold", "wrap"):
-        model = network(6, 8)
+        model = network(depth, 8)
         dm.parametrize(model, base_depth=2, example_inputs=torch.randn(3, 5).double(), how=how)
         matrices = [p for p in model.parameters() if p.ndim == 2]
         outputs[how] = trajectory(model, dm.Muon(matrices, lr=0.01, weight_decay=0.1))
-    # Muon's own iteration runs in bfloat16, where a weight times 0.577 rounds differently: no 1e-10 here.
-    assert error(outputs["fold"], outputs["wrap"]) < 1e-2
+    assert error(outputs["fold"], outputs["wrap"]) < tolerance
 
 
 @given(

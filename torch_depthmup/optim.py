@@ -6,7 +6,6 @@ identity at construction, and asks the plan for numbers.
 
 from __future__ import annotations
 
-import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ __all__ = ["SGD", "Adam", "AdamW", "Muon", "optimizer", "per_group", "rescale"]
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 Group = dict[str, Any]
+Plans = dict[int, tuple[Plan, str]]
 Parameters = nn.Module | Tensor | Iterable[Any]
 """What torch's constructors take - parameters, (name, parameter) pairs, groups - or the model itself."""
 
@@ -44,6 +44,8 @@ UNSUITED = {
     "RAdam": "its first steps are not normalised by the gradient's scale and the later ones are, so no one rule holds",
     "LBFGS": "its step does not scale with the learning rate of a group",
     "Rprop": "its step sizes are its own, whatever the learning rate",
+    "Adadelta": "its step is measured by its own earlier steps, so it follows the weight's scale and not a learning rate",
+    "ASGD": "its decay term lambd also sets its learning-rate schedule, so the two cannot be scaled apart",
 }
 """torch's classes that no family describes, and why."""
 
@@ -69,7 +71,8 @@ def optimizer(cls: type[AnyOptimizer], family: str | Family | None = None) -> Ca
     """A constructor for an optimizer class that scales learning rate, weight decay and eps as the plan says.
 
     What it returns is a plain instance of ``cls``. Parameters of one group that share their multipliers stay in one
-    group, so that foreach and fused paths stay fast.
+    group, so that foreach and fused paths stay fast. Groups added later are scaled too, also to a copy; a pickled
+    optimizer needs this package to be loaded (its ``state_dict`` does not).
 
     Args:
         cls: a torch optimizer class, or one with torch's interface.
@@ -174,14 +177,22 @@ def rescale(optimizer: AnyOptimizer, model: nn.Module, *, family: str | Family |
             f"with one of {', '.join(map(repr, FAMILIES))}"
         )
     plan_of(model)
-    scaler = _Scaler(type(optimizer), None if family is None else get_family(family), optimizer.defaults)
-    groups = [_named(group) for group in optimizer.param_groups]
-    split = [scaler.split(group, i) for i, group in enumerate(groups)]
-    optimizer.param_groups.clear()
+    scaler = _Scaler(type(optimizer), None if family is None else get_family(family))
+    plans = _plans(model)
+    for i, group in enumerate(optimizer.param_groups):
+        scaler.check(_named(group), i, plans, "are not parameters of this parametrized model")
+    return _scale(optimizer, scaler, plans)
+
+
+def _scale(made: AnyOptimizer, scaler: _Scaler, plans: Plans) -> AnyOptimizer:
+    """Splits the groups of an optimizer, in place, once torch has filled in every option."""
+    split = [scaler.split(_named(group), made.defaults, plans) for group in made.param_groups]
+    made.param_groups.clear()
     for group in (group for part in split for group in part):
-        optimizer.add_param_group(group)
-    _guard(optimizer, scaler, [len(part) for part in split])
-    return optimizer
+        made.add_param_group(group)
+    user_group = [i for i, part in enumerate(split) for _ in part]
+    _guard(made, scaler, user_group, [group.get("lr") for group in made.param_groups])
+    return made
 
 
 def _named(group: Group) -> Group:
@@ -201,19 +212,13 @@ def _family_name(cls: type[Optimizer]) -> str | None:
 def _construct(
     cls: type[AnyOptimizer], family: Family | None, params: Parameters, args: Sequence[Any], options: Group
 ) -> AnyOptimizer:
-    signature = inspect.signature(cls)
-    bound = signature.bind(params, *args, **options)
-    first = next(iter(bound.arguments))
-    given = {key: value for key, value in bound.arguments.items() if key != first}
-    given.update(given.pop("kwargs", {}))
-    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
-    scaler = _Scaler(cls, family, {**defaults, **given})
+    scaler, plans = _Scaler(cls, family), _plans()
     groups = _as_groups(params)
-    _refuse_twice(groups)
-    split = [scaler.split(group, i) for i, group in enumerate(groups)]
-    made = cls([group for part in split for group in part], **given)
-    _guard(made, scaler, [len(part) for part in split])
-    return made
+    _refuse_twice(groups, plans)
+    for i, group in enumerate(groups):
+        scaler.check(group, i, plans)
+    # The class fills in its own defaults first: no reading of signatures, which may say no more than **options.
+    return _scale(cls(groups, *args, **options), scaler, plans)
 
 
 def _as_groups(params: Parameters) -> list[Group]:
@@ -226,7 +231,7 @@ def _as_groups(params: Parameters) -> list[Group]:
     if not listed:
         return []  # torch has its own words for that
     if not isinstance(listed[0], dict):
-        return [{"params": listed}]
+        return [{"params": _as_list(listed)}]
     return [{**group, "params": _as_list(group["params"])} for group in listed]
 
 
@@ -235,83 +240,89 @@ def _as_list(params: Any) -> list[Any]:
         return [params]
     if isinstance(params, set):
         raise TypeError("a group's params must be ordered, and sets are not: pass a list")
-    return list(params)
+    listed = list(params)
+    if foreign := [item for item in listed if not isinstance(_tensor(item), Tensor)]:
+        raise TypeError(
+            f"an optimizer takes tensors, or pairs of a name and a tensor; one of these is of type "
+            f"{type(_tensor(foreign[0])).__name__}"
+        )
+    return listed
 
 
 def _tensor(item: Any) -> Any:
-    return item[1] if isinstance(item, tuple) else item
+    return item[1] if isinstance(item, tuple) and len(item) == 2 else item
 
 
-def _refuse_twice(groups: list[Group]) -> None:
-    seen: dict[int, str] = {}
+def _refuse_twice(groups: list[Group], plans: Plans) -> None:
+    seen: dict[int, int] = {}
     for i, group in enumerate(groups):
-        for j, item in enumerate(group["params"]):
-            label = item[0] if isinstance(item, tuple) else f"number {j} of group {i}, shape {tuple(item.shape)}"
-            if id(_tensor(item)) in seen:
-                raise OptimizerError(f"a parameter is listed twice: {seen[id(_tensor(item))]}, and {label}")
-            seen[id(_tensor(item))] = label
+        for item in group["params"]:
+            tensor = _tensor(item)
+            if id(tensor) in seen:
+                name = plans[id(tensor)][1] if id(tensor) in plans else f"of shape {tuple(tensor.shape)}"
+                where = f"group {i}" if seen[id(tensor)] == i else f"groups {seen[id(tensor)]} and {i}"
+                raise OptimizerError(f"the parameter {name} is listed twice, in {where}: list it once")
+            seen[id(tensor)] = i
 
 
 class _Scaler:
-    """Splits groups by multipliers. ``options`` are the constructor's, which a group's own override."""
+    """Splits groups by multipliers."""
 
-    def __init__(self, cls: type[Optimizer], family: Family | None, options: Group):
-        self.cls, self.options = cls, options
+    def __init__(self, cls: type[Optimizer], family: Family | None):
         self.family = family or get_family(_family_name(cls) or "")
 
-    def split(self, group: Group, index: int) -> list[Group]:
-        """One group for each distinct set of multipliers, in order of appearance."""
-        plans = _plans()
-        family = self.family
-        if self._option(group, "decoupled_weight_decay") and family.name == "adam":
-            family = get_family("adamw")
-        unknown = [item for item in group["params"] if id(_tensor(item)) not in plans]
-        if unknown:
-            raise _unknown(unknown, index)
-        if family.name == "muon":
+    def check(self, group: Group, index: int, plans: Plans, trouble: str = "belong to no parametrized model") -> None:
+        """Refuses parameters without a plan, and those that the family does not train."""
+        if unknown := [item for item in group["params"] if id(_tensor(item)) not in plans]:
+            raise _unknown(unknown, index, trouble)
+        if self.family.name == "muon":
             _refuse_vectors(group["params"], plans)
+
+    def split(self, group: Group, defaults: Group, plans: Plans) -> list[Group]:
+        """One group for each distinct set of multipliers, in order of appearance. A group's options come first."""
+        options = {**defaults, **group}
+        family = self.family
+        if options.get("decoupled_weight_decay") and family.name == "adam":
+            family = get_family("adamw")
         parts: dict[Multipliers, list[Any]] = {}
         for item in group["params"]:
             plan, name = plans[id(_tensor(item))]
-            key = plan.multipliers(name, family, adjust_lr=self._option(group, "adjust_lr_fn"))
-            parts.setdefault(key, []).append(item)
-        return [
-            self._scaled(group, multipliers, items) for multipliers, items in (parts or {Multipliers(): []}).items()
-        ]
-
-    def _scaled(self, group: Group, multipliers: Multipliers, items: list[Any]) -> Group:
-        part = {**group, "params": items}
-        for key in SCALED:
-            factor, value = getattr(multipliers, key), self._option(group, key)
-            if factor != 1.0 and isinstance(value, int | float | Tensor):
-                part[key] = value * factor  # a tensor of its own: the user's stays as it is
-            part[f"{key}_multiplier"] = factor
-        return part
-
-    def _option(self, group: Group, key: str) -> Any:
-        return group.get(key, self.options.get(key))
+            parts.setdefault(plan.multipliers(name, family, adjust_lr=options.get("adjust_lr_fn")), []).append(item)
+        return [_scaled(group, options, m, items) for m, items in (parts or {Multipliers(): []}).items()]
 
 
-def _plans() -> dict[int, tuple[Plan, str]]:
-    """The plan and the planned name of every parameter of the live parametrized modules."""
+def _scaled(group: Group, options: Group, multipliers: Multipliers, items: list[Any]) -> Group:
+    part = {**group, "params": items}
+    for key in SCALED:
+        factor, value = getattr(multipliers, key), options.get(key)
+        if factor != 1.0 and isinstance(value, int | float | Tensor):
+            part[key] = value * factor  # a tensor of its own: the user's stays as it is
+        part[f"{key}_multiplier"] = factor
+    return part
+
+
+def _plans(model: nn.Module | None = None) -> Plans:
+    """The plan and the planned name of every parameter of the live parametrized modules, or of those in a model."""
+    inside = None if model is None else set(model.modules())
     return {
         id(parameter): (plan, name)
         for module, plan in owners()
+        if inside is None or module in inside
         for name, parameter in module.named_parameters(remove_duplicate=True)
     }
 
 
-def _unknown(items: list[Any], index: int) -> OptimizerError:
+def _unknown(items: list[Any], index: int, trouble: str) -> OptimizerError:
     labels = [f"{item[0]} " if isinstance(item, tuple) else "" for item in items[:3]]
     shown = ", ".join(f"{label}{tuple(_tensor(item).shape)}" for label, item in zip(labels, items, strict=False))
     return OptimizerError(
-        f"{len(items)} parameters of group {index} belong to no parametrized model: {shown}"
+        f"{len(items)} parameters of group {index} {trouble}: {shown}"
         f"{', ...' if len(items) > 3 else ''}. Call dm.parametrize on the module that holds them first; put several "
         "modules into one parent"
     )
 
 
-def _refuse_vectors(items: list[Any], plans: dict[int, tuple[Plan, str]]) -> None:
+def _refuse_vectors(items: list[Any], plans: Plans) -> None:
     vectors = [plans[id(_tensor(item))][1] for item in items if _tensor(item).ndim != 2]
     if vectors:
         raise OptimizerError(
@@ -320,24 +331,35 @@ def _refuse_vectors(items: list[Any], plans: dict[int, tuple[Plan, str]]) -> Non
         )
 
 
-def _guard(made: Optimizer, scaler: _Scaler, sizes: list[int]) -> None:
+def _guard(made: Optimizer, scaler: _Scaler, user_group: list[int], planned: list[Any]) -> None:
     """Scales groups that are added later, and watches that schedulers keep the ratios of the learning rates.
 
-    Both live on this instance: a copied or unpickled optimizer keeps its scaled groups and is plain torch otherwise.
+    Both live on this instance, whose class stays torch's own; copying and pickling carry them along.
+
+    Args:
+        made: the optimizer with scaled groups.
+        scaler: what scales further groups.
+        user_group: for each group, which of the user's groups it is a part of.
+        planned: for each group, its learning rate as scaled.
     """
-    user_group = [i for i, size in enumerate(sizes) for _ in range(size)]
-    planned = [group.get("lr") for group in made.param_groups]
     add = made.add_param_group
 
     def add_param_group(self: Optimizer, group: Group) -> None:
         own = {**group, "params": _as_list(group["params"])}
-        number = max(user_group, default=-1) + 1
-        for part in scaler.split(own, number):
+        plans, number = _plans(), max(user_group, default=-1) + 1
+        # Everything is refused before the first part is added, so that a failure adds nothing.
+        _refuse_twice([*map(_named, self.param_groups), own], plans)
+        scaler.check(own, number, plans)
+        for part in scaler.split(own, self.defaults, plans):
             add(part)
             user_group.append(number)
             planned.append(self.param_groups[-1].get("lr"))
 
+    def reduce(self: Optimizer, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (type(self), self.__getstate__(), scaler, user_group, planned)
+
     made.add_param_group = types.MethodType(add_param_group, made)  # type: ignore[method-assign]
+    made.__reduce_ex__ = types.MethodType(reduce, made)  # type: ignore[method-assign]
     warned = False
 
     def watch(self: Optimizer, args: Any, options: Any) -> None:
@@ -347,6 +369,14 @@ def _guard(made: Optimizer, scaler: _Scaler, sizes: list[int]) -> None:
             warnings.warn(found, UserWarning, stacklevel=4)
 
     made.register_step_pre_hook(watch)
+
+
+def _revive(cls: type[Optimizer], state: Any, scaler: _Scaler, user_group: list[int], planned: list[Any]) -> Optimizer:
+    """A copied or unpickled optimizer, guarded as the one that it was made from."""
+    made = cls.__new__(cls)
+    made.__setstate__(state)
+    _guard(made, scaler, list(user_group), list(planned))
+    return made
 
 
 def _overwritten(groups: list[Group], planned: list[Any], user_group: list[int]) -> str | None:
