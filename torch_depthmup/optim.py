@@ -44,7 +44,7 @@ UNSUITED = {
     "RAdam": "its first steps are not normalised by the gradient's scale and the later ones are, so no one rule holds",
     "LBFGS": "its step does not scale with the learning rate of a group",
     "Rprop": "its step sizes are its own, whatever the learning rate",
-    "Adadelta": "its step is measured by its own earlier steps, so it follows the weight's scale and not a learning rate",
+    "Adadelta": "its step follows the size of its own earlier steps, not a learning rate alone",
     "ASGD": "its decay term lambd also sets its learning-rate schedule, so the two cannot be scaled apart",
 }
 """torch's classes that no family describes, and why."""
