@@ -56,3 +56,17 @@ def test_the_demo_prints_its_table_and_writes_figure_and_runs(tmp_path: Path) ->
     data = json.loads((out / "transfer.json").read_text())
     assert len(data["runs"]) == 4 * 2 * 9 * 2
     assert data["rules"]["mup"]["drift_factors_of_two"]["2"] == 0
+
+
+def test_runs_that_all_diverge_are_reported_and_written(tmp_path: Path) -> None:
+    """Learning rates far too large: no best one anywhere, and the JSON is JSON."""
+    code = (
+        "import sys; from torch_depthmup import cli, demo; demo.GRIDS['sgd'] = (30, 31);"
+        "sys.exit(cli.main(['demo', '--optimizer', 'sgd', '--depths', '2', '3', '--steps', '30', '--seeds', '2',"
+        " '--rules', 'mup', 'complete-p']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "none" in result.stdout and "no rule trains at depth 3" in result.stdout
+    data = json.loads((tmp_path / "depthmup-demo" / "transfer.json").read_text(), parse_constant=pytest.fail)
+    assert data["rules"]["mup"]["best_lr"]["2"] is None

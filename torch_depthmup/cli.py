@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError, ImportError) as error:  # DepthMuPError is a ValueError
+    except (ValueError, OSError, ImportError, BrokenExecutor) as error:  # DepthMuPError is a ValueError
         print(f"depthmup {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

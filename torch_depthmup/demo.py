@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(_reading(sweep))
     what = f"digits, width {options.width}, {options.optimizer}, {steps} steps, {seeds} seeds"
     transfer_figure(sweep, title=what).savefig(options.out / "transfer.png", dpi=130)
-    (options.out / "transfer.json").write_text(json.dumps(_summary(sweep, vars(options)), indent=1))
+    (options.out / "transfer.json").write_text(json.dumps(_summary(sweep, vars(options)), indent=1, allow_nan=False))
     console.print(
         f"{len(sweep.runs)} runs in {seconds:.0f} s on {os.cpu_count()} cores; "
         f"figure {options.out / 'transfer.png'}, runs {options.out / 'transfer.json'}"
@@ -101,10 +102,10 @@ def _table(sweep: Sweep) -> Any:
     for rule in sweep.rules:
         optima = [sweep.optimum(rule, depth) for depth in sweep.depths]
         error = (optima[0].error ** 2 + optima[-1].error ** 2) ** 0.5
-        at_best = sweep.losses(rule, deepest, optima[-1].lr)
+        at_best = sweep.losses(rule, deepest, optima[-1].lr) or [math.inf]
         table.add_row(
             rule,
-            *(f"{o.lr:.2g}{'*' if o.at_edge else ''}" for o in optima),
+            *("none" if math.isnan(o.lr) else f"{o.lr:.2g}{'*' if o.at_edge else ''}" for o in optima),
             f"{sweep.drift(rule, deepest):+.1f}±{error:.1f}",
             _with_spread(sweep.transferred(rule, deepest)),
             _with_spread(at_best),
@@ -115,20 +116,32 @@ def _table(sweep: Sweep) -> Any:
 
 
 def _with_spread(losses: list[float]) -> str:
-    spread = f"±{stdev(losses):.3f}" if len(losses) > 1 and max(losses) < float("inf") else ""
+    spread = f"±{stdev(losses):.3f}" if len(losses) > 1 and max(losses) < math.inf else ""
     return f"{fmean(losses):.3f}{spread}"
 
 
 def _reading(sweep: Sweep) -> str:
-    """What this run says in words: nothing but its own numbers."""
+    """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
     deepest, base = sweep.depths[-1], sweep.depths[0]
-    drifts = {rule: abs(sweep.drift(rule, deepest)) for rule in sweep.rules}
-    losses = {rule: fmean(sweep.transferred(rule, deepest)) for rule in sweep.rules}
-    steadiest, best = min(drifts, key=drifts.__getitem__), min(losses, key=losses.__getitem__)
+    losses = {rule: sweep.transferred(rule, deepest) for rule in sweep.rules}
+    best = min(losses, key=lambda rule: fmean(losses[rule]))
+    if not math.isfinite(fmean(losses[best])):
+        return f"In this run no rule trains at depth {deepest} with the learning rate tuned at depth {base}."
+    alike = [rule for rule in sweep.rules if rule != best and _alike(losses[rule], losses[best])]
+    told = f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
     return (
-        f"In this run the optimum moves least under {steadiest}, and the learning rate tuned at depth {base} gives the "
-        f"lowest mean loss at depth {deepest} under {best}. ± over seeds: standard error (moves), deviation (loss)."
+        f"In this run the learning rate tuned at depth {base} gives the lowest mean loss at depth {deepest} under "
+        f"{best}{told}. ± over seeds: standard error (moves), deviation (loss)."
     )
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    """Whether two means lie within two standard errors of their difference; with one seed nothing tells them apart."""
+    if not all(map(math.isfinite, (*a, *b))):
+        return False
+    if min(len(a), len(b)) < 2:
+        return True
+    return abs(fmean(a) - fmean(b)) < 2 * math.hypot(stdev(a) / len(a) ** 0.5, stdev(b) / len(b) ** 0.5)
 
 
 def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
@@ -144,4 +157,13 @@ def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
     settings = {
         key: value for key, value in options.items() if isinstance(value, int | str | list) and key != "command"
     }
-    return {"settings": settings, "rules": rules, "runs": [json.loads(run.to_json()) for run in sweep.runs]}
+    return {"settings": settings, "rules": _finite(rules), "runs": [json.loads(run.to_json()) for run in sweep.runs]}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: what diverged is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

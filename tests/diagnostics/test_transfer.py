@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -49,8 +50,12 @@ def test_an_optimum_outside_the_grid_is_said_to_be() -> None:
 
 
 def test_a_curve_that_diverged_everywhere_has_no_optimum() -> None:
-    with pytest.raises(dm.DepthMuPError, match="mup at depth 4: every run diverged"):
-        Sweep(tuple(parabola("mup", 4, -5, edge=-100))).optimum("mup", 4)
+    sweep = Sweep(tuple(parabola("mup", 4, -5, edge=-100) + parabola("mup", 8, -5)))
+    assert math.isnan(sweep.optimum("mup", 4).lr) and sweep.optimum("mup", 4).loss == math.inf
+    assert sweep.transferred("mup", 8) == [math.inf] and math.isnan(sweep.drift("mup", 8))
+    assert len(transfer_figure(sweep).axes) == 1
+    with pytest.raises(dm.DepthMuPError, match="mup at depth 5: the sweep has no such run"):
+        sweep.optimum("mup", 5)
 
 
 def test_runs_survive_json_also_diverged_ones() -> None:
@@ -105,17 +110,32 @@ def test_a_finished_sweep_is_read_and_not_run_again(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as executor:
         first = transfer_sweep(small, here, **GRID, example_inputs=X, executor=executor, path=path)
         lines = path.read_text().splitlines()
-        path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])  # killed while it wrote the sixth
+        path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])  # killed while it wrote the fifth run
         second = transfer_sweep(small, here, **GRID, example_inputs=X, executor=executor, path=path)
     assert [(run.job, run.loss) for run in second.runs] == [(run.job, run.loss) for run in first.runs]
     after = path.read_text().splitlines()
-    assert after[:5] == lines[:5] and len(after) == 16 and len({Run.from_json(line).job for line in after}) == 16
+    assert after[:5] == lines[:5] and len(after) == 17 and len({Run.from_json(line).job for line in after[1:]}) == 16
+
+
+def elsewhere(model: nn.Module, lr: float, seed: int) -> float:
+    return -here(model, lr, seed)
+
+
+@pytest.mark.parametrize("change", [{"depths": [3, 4]}, {"train": elsewhere}, {"example_inputs": torch.ones(4, 64)}])
+def test_a_file_of_another_sweep_is_refused(tmp_path: Path, change) -> None:
+    options = {**GRID, "train": here, "example_inputs": X, "path": tmp_path / "runs.jsonl"}
+    with ThreadPoolExecutor(1) as executor:
+        transfer_sweep(small, **options, executor=executor)
+        more = transfer_sweep(small, **{**options, "seeds": 3, "lrs": [0.001, 0.1]}, executor=executor)
+        assert len(more.runs) == 24  # more of the same is welcome
+        with pytest.raises(dm.DepthMuPError, match="another model, training, data or base depth"):
+            transfer_sweep(small, **{**options, **change}, executor=executor)
 
 
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("shopping\nlist\n")
-    with pytest.raises(dm.DepthMuPError, match="line 1: not a run"):
+    with pytest.raises(dm.DepthMuPError, match="holds no sweep"):
         transfer_sweep(small, here, **GRID, example_inputs=X, executor=ThreadPoolExecutor(1), path=path)
     assert path.read_text() == "shopping\nlist\n"
 
@@ -151,7 +171,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, timeout=60)
     finished = path.read_bytes()
     assert finished.startswith(kept)
-    jobs = [Run.from_json(line).job for line in finished.decode().splitlines()]
+    jobs = [Run.from_json(line).job for line in finished.decode().splitlines()[1:]]
     assert len(jobs) == len(set(jobs)) == 48
 
 
@@ -207,3 +227,25 @@ def test_the_figure_has_a_panel_for_each_rule_and_a_line_for_each_depth() -> Non
     figure = transfer_figure(Sweep(sweep.runs + tuple(parabola("complete-p", 64, -5, edge=-2))), title="curves")
     assert [axis.get_title() for axis in figure.axes] == ["mup", "complete-p"]
     assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["4", "64"]
+
+
+def slow(model: nn.Module, lr: float, seed: int) -> float:
+    time.sleep(0.2)
+    return here(model, lr, seed)
+
+
+@pytest.mark.evidence
+def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    path = tmp_path / "runs.jsonl"
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            victim = next(iter(client.run(os.getpid).values()))
+            killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
+            killer.start()
+            options = {**GRID, "seeds": 4, "example_inputs": X, "path": path}
+            sweep = transfer_sweep(small, slow, **options, executor=client.get_executor())
+            killer.join()
+    assert len(sweep.runs) == len({run.job for run in sweep.runs}) == 32
+    assert all(run.loss == here(small(run.job.depth), run.job.lr, run.job.seed) for run in sweep.runs)
+    assert path.read_text().count("\n") == 33

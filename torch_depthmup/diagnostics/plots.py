@@ -37,7 +37,8 @@ def transfer_figure(sweep: Sweep, *, title: str = "") -> Any:
         for i, depth in enumerate(depths):
             _draw(axis, sweep, rule, depth, colors(0.85 * i / max(1, len(depths) - 1)))
         tuned = sweep.optimum(rule, depths[0]).lr
-        axis.axvline(tuned, color="0.6", linestyle=":", linewidth=1, zorder=0)
+        if not math.isnan(tuned):
+            axis.axvline(tuned, color="0.6", linestyle=":", linewidth=1, zorder=0)
         axis.set(xscale="log", yscale="log", title=rule, xlabel=f"learning rate at depth {depths[0]}")
         axis.set_xscale("log", base=2)
         axis.grid(which="major", alpha=0.25, linewidth=0.6)
@@ -57,4 +58,6 @@ def _draw(axis: Any, sweep: Sweep, rule: str, depth: int, color: Any) -> None:
         finite = [loss for loss in losses if math.isfinite(loss)]
         axis.plot([lr] * len(finite), finite, ".", color=color, markersize=3, alpha=0.6)
     best = sweep.optimum(rule, depth)
+    if math.isnan(best.lr):
+        return
     axis.plot(best.lr, best.loss, "o", markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=1.6)

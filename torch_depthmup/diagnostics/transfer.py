@@ -6,10 +6,12 @@ any order, and a file of finished runs is all that a resumed sweep needs.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -161,14 +163,16 @@ class Sweep:
         return [run.loss for run in self.runs if (run.job.rule, run.job.depth, run.job.lr) == (rule, depth, lr)]
 
     def optimum(self, rule: str, depth: int) -> Optimum:
-        """The best learning rate at one depth.
+        """The best learning rate at one depth; nan, with an infinite loss, where every run diverged.
 
         Raises:
-            DepthMuPError: there is no such run, or every run diverged.
+            DepthMuPError: there is no such run.
         """
         middle = {lr: median(losses) for lr in self.lrs if (losses := self.losses(rule, depth, lr))}
-        if not middle or not math.isfinite(min(middle.values())):
-            raise DepthMuPError(f"{rule} at depth {depth}: {'every run diverged' if middle else 'no such run'}")
+        if not middle:
+            raise DepthMuPError(f"{rule} at depth {depth}: the sweep has no such run")
+        if not math.isfinite(min(middle.values())):
+            return Optimum(math.nan, math.inf, math.nan, math.nan, False)
         best = min(middle, key=middle.__getitem__)
         vertices = [_vertex(curve) for curve in self._curves(rule, depth) if min(curve.values()) < math.inf]
         spread = stdev(vertices) / math.sqrt(len(vertices)) if len(vertices) > 1 else math.nan
@@ -188,8 +192,11 @@ class Sweep:
         return self.optimum(rule, depth).log2_lr - self.optimum(rule, self.depths[0]).log2_lr
 
     def transferred(self, rule: str, depth: int) -> list[float]:
-        """The losses at a depth with the learning rate tuned at the shallowest one, a number for each seed."""
-        return self.losses(rule, depth, self.optimum(rule, self.depths[0]).lr)
+        """The losses at a depth with the learning rate tuned at the shallowest one, a number for each seed.
+
+        Infinite where there was nothing to tune.
+        """
+        return self.losses(rule, depth, self.optimum(rule, self.depths[0]).lr) or [math.inf]
 
     def regret(self, rule: str, depth: int) -> float:
         """What tuning shallow costs at a depth: median transferred loss less the best median loss there."""
@@ -252,14 +259,17 @@ def transfer_sweep(
         example_inputs: for `parametrize`; of data given as tensors the first 16 samples.
         executor: any ``concurrent.futures.Executor``, the caller's to shut down; ``None`` makes a process for each
             core, with one thread each.
-        path: a file of JSON lines. Finished runs are appended as they come; runs that it holds are not done again.
+        path: a file of JSON lines. Finished runs are appended as they come; runs that it holds are not done again. It
+            remembers what was trained - the factory and the training by name, with their data and options - and is
+            refused for anything else; it cannot see that their code has changed.
         progress: whether to show a bar with the time left (needs rich).
 
     Returns:
         All runs in the order of the grid, whatever order they finished in.
 
     Raises:
-        DepthMuPError: the grid is empty or wrong, or a model cannot be parametrized; the message names the run.
+        DepthMuPError: the grid is empty or wrong, the file is of another sweep, or a model cannot be parametrized; the
+            message names the run.
     """
     jobs = _grid(depths, lrs, rules, seeds)
     if isinstance(train, tuple):
@@ -267,10 +277,10 @@ def transfer_sweep(
         train = Training(*train)
     if example_inputs is None and any(get_rule(rule).scales_depth for rule in rules):
         raise DepthMuPError("branches are found by running the model once: pass example_inputs=")
-    done = _finished(path, jobs)
-    pending = [job for job in jobs if job not in done]
     work = _Work(make_model, train, min(depths), example_inputs)
-    with _bar(len(jobs), len(done), progress) as advance, _appending(path) as append:
+    done = _finished(path, jobs, work.fingerprint())
+    pending = [job for job in jobs if job not in done]
+    with _bar(len(jobs), len(done), progress) as advance, _appending(path, work.fingerprint()) as append:
         for run in _run_all(work, pending, executor):
             done[run.job] = run
             append(run)
@@ -301,6 +311,15 @@ class _Work:
     train: Callable[[nn.Module, float, int], float]
     base_depth: int
     example_inputs: Any
+
+    def fingerprint(self) -> str:
+        """What is trained, as a short text: functions by name, everything else by value."""
+        try:
+            content = pickle.dumps(self)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, say, which only threads can run
+            names = [getattr(f, "__qualname__", type(f).__name__) for f in (self.make_model, self.train)]
+            content = repr((names, self.base_depth)).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def __call__(self, job: Job) -> Run:
         start = time.perf_counter()
@@ -349,26 +368,36 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finished(path: str | Path | None, jobs: Iterable[Job]) -> dict[Job, Run]:
+def _finished(path: str | Path | None, jobs: Iterable[Job], fingerprint: str) -> dict[Job, Run]:
     """The runs of this grid that a file holds. A last line that was cut off is not one."""
     if path is None or not Path(path).exists():
         return {}
+    lines = Path(path).read_text().split("\n")[:-1]
+    if not lines:
+        return {}
+    if lines[0] != _header(fingerprint):
+        what = "runs of another model, training, data or base depth" if lines[0].startswith(HEADER) else "no sweep"
+        raise DepthMuPError(f"{path} holds {what}. Name another file")
     wanted, found = set(jobs), {}
-    lines = Path(path).read_text().split("\n")
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(lines[1:], 2):
         try:
             run = Run.from_json(line)
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) - 1:
-                break
             raise DepthMuPError(f"{path}, line {number}: not a run of a sweep ({error}). Name another file") from error
         if run.job in wanted:
             found[run.job] = run
     return found
 
 
+HEADER = '{"sweep": "'
+
+
+def _header(fingerprint: str) -> str:
+    return f'{HEADER}{fingerprint}"}}'
+
+
 @contextmanager
-def _appending(path: str | Path | None) -> Iterator[Callable[[Run], None]]:
+def _appending(path: str | Path | None, fingerprint: str) -> Iterator[Callable[[Run], None]]:
     if path is None:
         yield lambda run: None
         return
@@ -377,12 +406,14 @@ def _appending(path: str | Path | None) -> Iterator[Callable[[Run], None]]:
         path.write_bytes(text[: text.rfind(b"\n") + 1])  # what a killed sweep was in the middle of
     with path.open("a") as file:
 
-        def append(run: Run) -> None:
-            file.write(run.to_json() + "\n")
+        def write(line: str) -> None:
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-        yield append
+        if not path.stat().st_size:
+            write(_header(fingerprint))
+        yield lambda run: write(run.to_json())
 
 
 @contextmanager
