@@ -321,3 +321,10 @@ def test_a_compiled_step_follows_the_plan(model: Stack) -> None:
             run()
     for ours, theirs in zip(copied.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_an_accumulator_that_does_not_start_at_zero_is_refused(model: Stack) -> None:
+    adagrad = dm.optimizer(torch.optim.Adagrad, family="adam")
+    assert rates(adagrad(model, lr=0.1), model)["blocks.3.fc2.weight"] == 0.025
+    with pytest.raises(OptimizerError, match="leave it at 0"):
+        adagrad(model, lr=0.1, initial_accumulator_value=0.1)

@@ -190,6 +190,11 @@ def _scale(made: AnyOptimizer, scaler: _Scaler, plans: Plans) -> AnyOptimizer:
     made.param_groups.clear()
     for group in (group for part in split for group in part):
         made.add_param_group(group)
+    scaled = any(group["lr_multiplier"] != 1.0 for group in made.param_groups)
+    if scaled and made.defaults.get("initial_accumulator_value"):
+        raise OptimizerError(
+            "initial_accumulator_value is a gradient's scale that no multiplier reaches: leave it at 0"
+        )
     user_group = [i for i, part in enumerate(split) for _ in part]
     _guard(made, scaler, user_group, [group.get("lr") for group in made.param_groups])
     return made

@@ -238,14 +238,16 @@ def slow(model: nn.Module, lr: float, seed: int) -> float:
 def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     path = tmp_path / "runs.jsonl"
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        with distributed.Client(cluster) as client:
-            victim = next(iter(client.run(os.getpid).values()))
-            killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
-            killer.start()
-            options = {**GRID, "seeds": 4, "example_inputs": X, "path": path}
-            sweep = transfer_sweep(small, slow, **options, executor=client.get_executor())
-            killer.join()
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        victim = next(iter(client.run(os.getpid).values()))
+        killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        options = {**GRID, "seeds": 4, "example_inputs": X, "path": path}
+        sweep = transfer_sweep(small, slow, **options, executor=client.get_executor())
+        killer.join()
     assert len(sweep.runs) == len({run.job for run in sweep.runs}) == 32
     assert all(run.loss == here(small(run.job.depth), run.job.lr, run.job.seed) for run in sweep.runs)
     assert path.read_text().count("\n") == 33

@@ -39,7 +39,8 @@ def transfer_figure(sweep: Sweep, *, title: str = "") -> Any:
         tuned = sweep.optimum(rule, depths[0]).lr
         if not math.isnan(tuned):
             axis.axvline(tuned, color="0.6", linestyle=":", linewidth=1, zorder=0)
-        axis.set(xscale="log", yscale="log", title=rule, xlabel=f"learning rate at depth {depths[0]}")
+        trained = any(not run.diverged for run in sweep.runs)  # a log axis needs one number at least
+        axis.set(yscale="log" if trained else "linear", title=rule, xlabel=f"learning rate at depth {depths[0]}")
         axis.set_xscale("log", base=2)
         axis.grid(which="major", alpha=0.25, linewidth=0.6)
     axes[0].set_ylabel("loss after training")
