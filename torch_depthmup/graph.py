@@ -167,7 +167,7 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, *_saved(buffer))
+        (module, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
@@ -194,24 +194,16 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, name, buffer, saved, version in buffers:
+        for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer
-            # What was not written to is not written to either: a graph may wait for its backward pass.
-            if buffer is not None and saved is not None and (version < 0 or _version(buffer) != version):
+            # What has not changed is not written to, since a graph may wait for its backward pass. (A version counter
+            # does not tell: batch norm writes its running statistics past it.)
+            if buffer is not None and saved is not None and not torch.equal(buffer, saved):
                 with torch.no_grad():
                     buffer.copy_(saved)
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)
-
-
-def _saved(buffer: Tensor | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if buffer is None or buffer.is_meta else (buffer.detach().clone(), _version(buffer))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
