@@ -98,7 +98,10 @@ class Plan:
         if found is None:
             close = [known for known in self.parameters if known.rpartition(".")[0] == name][:3]
             hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise PlanError(f"the plan has no parameter {name!r}{hint or '. See plan.parameters'}")
+            raise PlanError(
+                f"the plan has no parameter {name!r}{hint or '. See plan.parameters'}. One that was added after "
+                "dm.parametrize has no plan: add it before"
+            )
         return found
 
     def multipliers(self, name: str, family: str | Family, *, adjust_lr: str | None = None) -> Multipliers:

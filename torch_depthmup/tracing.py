@@ -146,7 +146,7 @@ def trace(
 
     keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
     found, names = [found[i] for i in keep], [names[i] for i in keep]
-    _refuse_doubtful([node for node in doubtful if kept("", node)], graph, found)
+    _refuse_doubtful([node for node in doubtful if kept("", node)], graph)
     return _assemble(graph, found, names)
 
 
@@ -207,7 +207,7 @@ def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
     return residual.projection and any(only >> i & 1 for i, weight in enumerate(graph.is_weight_operation) if weight)
 
 
-def _refuse_doubtful(doubtful: Iterable[int], graph: Graph, found: list[ResidualAddition]) -> None:
+def _refuse_doubtful(doubtful: Iterable[int], graph: Graph) -> None:
     for node in doubtful:
         addition = graph.additions.get(node)
         where = next((name for name in reversed(addition.modules) if name), "") if addition else ""

@@ -1,0 +1,59 @@
+"""Plans under DDP and FSDP2, in one process with the gloo backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from blocks import PreNorm, Stack
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_depthmup as dm
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[tuple[float, int]]:
+    return [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+
+
+def scaled() -> Stack:
+    torch.manual_seed(0)
+    model = Stack(8, PreNorm)
+    dm.parametrize(model, base_depth=2, example_inputs=X)
+    return model
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model(X).detach()
+
+
+@pytest.mark.parametrize("shard", [DistributedDataParallel, fully_shard])
+def test_a_distributed_model_trains_with_its_plan(group: None, shard) -> None:
+    plain = scaled()
+    model = shard(scaled())
+    assert dm.plan_of(model) == dm.plan_of(plain)
+    ours, wanted = dm.AdamW(model.parameters(), lr=0.01), dm.AdamW(plain.parameters(), lr=0.01)
+    assert rates(ours) == rates(wanted)
+    torch.testing.assert_close(train(model, ours), train(plain, wanted))
+
+
+def test_a_sharded_model_is_refused_and_a_replicated_one_is_not(group: None) -> None:
+    with pytest.raises(dm.DepthMuPError, match="is sharded. Call parametrize on the whole model first"):
+        dm.parametrize(fully_shard(Stack(4, PreNorm)), base_depth=2, example_inputs=X)
+    assert dm.parametrize(DistributedDataParallel(Stack(4, PreNorm)), base_depth=2, example_inputs=X).branches
