@@ -14,8 +14,10 @@ from typing import Any
 
 from torch_depthmup.diagnostics.digits import DigitsResNet, digits
 from torch_depthmup.diagnostics.extras import needs
+from torch_depthmup.diagnostics.optima import Sweep
 from torch_depthmup.diagnostics.plots import transfer_figure
-from torch_depthmup.diagnostics.transfer import OPTIMIZERS, Sweep, Training, transfer_sweep
+from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
+from torch_depthmup.diagnostics.transfer import transfer_sweep
 from torch_depthmup.rules import RULES
 
 __all__ = ["add_arguments", "run"]
@@ -101,12 +103,11 @@ def _table(sweep: Sweep) -> Any:
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for rule in sweep.rules:
         optima = [sweep.optimum(rule, depth) for depth in sweep.depths]
-        error = (optima[0].error ** 2 + optima[-1].error ** 2) ** 0.5
         at_best = sweep.losses(rule, deepest, optima[-1].lr) or [math.inf]
         table.add_row(
             rule,
             *("none" if math.isnan(o.lr) else f"{o.lr:.2g}{'*' if o.at_edge else ''}" for o in optima),
-            f"{sweep.drift(rule, deepest):+.1f}±{error:.1f}",
+            str(sweep.drift(rule, deepest)),
             _with_spread(sweep.transferred(rule, deepest)),
             _with_spread(at_best),
         )
@@ -148,9 +149,9 @@ def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
     rules = {
         rule: {
             "best_lr": {depth: sweep.optimum(rule, depth).lr for depth in sweep.depths},
-            "drift_factors_of_two": {depth: sweep.drift(rule, depth) for depth in sweep.depths},
+            "drift_factors_of_two": {depth: sweep.drift(rule, depth).value for depth in sweep.depths},
             "transferred_loss": {depth: sweep.transferred(rule, depth) for depth in sweep.depths},
-            "regret": {depth: sweep.regret(rule, depth) for depth in sweep.depths},
+            "regret": {depth: sweep.regret(rule, depth).value for depth in sweep.depths},
         }
         for rule in sweep.rules
     }

@@ -1,7 +1,8 @@
-"""Sweeps: the arithmetic on curves with known answers, and that a sweep can be stopped, resumed and spread out."""
+"""Sweeps: that they train what was asked for, and can be stopped, resumed and spread out."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -19,49 +20,9 @@ from torch import nn
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.plots import transfer_figure
-from torch_depthmup.diagnostics.transfer import Job, Run, Sweep, Training, transfer_sweep
-
-
-def parabola(
-    rule: str, depth: int, centre: float, floor: float = 0.1, edge: float = math.inf, seeds: int = 2
-) -> list[Run]:
-    """Runs whose log loss is a parabola in log2 lr around ``centre``, diverged from ``edge`` on."""
-    runs = []
-    for i in range(-10, 0):
-        loss = math.inf if i >= edge else floor * math.exp(0.1 * (i - centre) ** 2)
-        runs += [Run(Job(rule, depth, 2.0**i, seed), loss, 1.0) for seed in range(seeds)]
-    return runs
-
-
-def test_optimum_drift_regret_and_edge_of_known_curves() -> None:
-    sweep = Sweep(tuple(parabola("mup", 4, -5.3) + parabola("mup", 64, -7.6, floor=0.05, edge=-3)))
-    assert sweep.optimum("mup", 4).lr == 2**-5 and sweep.optimum("mup", 64).lr == 2**-8
-    assert sweep.optimum("mup", 4).log2_lr == pytest.approx(-5.3)
-    assert sweep.drift("mup", 64) == pytest.approx(-2.3)
-    wanted = 0.05 * math.exp(0.1 * 2.6**2) - 0.05 * math.exp(0.1 * 0.4**2)
-    assert sweep.regret("mup", 64) == pytest.approx(wanted)
-    assert sweep.edge("mup", 64) == 2**-3 and sweep.edge("mup", 4) == math.inf
-    assert not sweep.optimum("mup", 4).at_edge
-
-
-def test_an_optimum_outside_the_grid_is_said_to_be() -> None:
-    assert Sweep(tuple(parabola("mup", 4, -14))).optimum("mup", 4).at_edge
-
-
-def test_a_curve_that_diverged_everywhere_has_no_optimum() -> None:
-    sweep = Sweep(tuple(parabola("mup", 4, -5, edge=-100) + parabola("mup", 8, -5)))
-    assert math.isnan(sweep.optimum("mup", 4).lr) and sweep.optimum("mup", 4).loss == math.inf
-    assert sweep.transferred("mup", 8) == [math.inf] and math.isnan(sweep.drift("mup", 8))
-    assert len(transfer_figure(sweep).axes) == 1
-    with pytest.raises(dm.DepthMuPError, match="mup at depth 5: the sweep has no such run"):
-        sweep.optimum("mup", 5)
-
-
-def test_runs_survive_json_also_diverged_ones() -> None:
-    for run in (Run(Job("mup", 4, 0.1, 0), 0.3, 1.0), Run(Job("mup", 4, 0.1, 0), math.inf, 1.0)):
-        assert Run.from_json(run.to_json()) == run
-
+from torch_depthmup.diagnostics.optima import Run
+from torch_depthmup.diagnostics.training import Training
+from torch_depthmup.diagnostics.transfer import transfer_sweep
 
 GRID = {"depths": [2, 4], "lrs": [0.001, 0.01], "rules": ["mup", "depth-mup"], "seeds": 2, "progress": False}
 
@@ -141,38 +102,72 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys, time
-from concurrent.futures import ThreadPoolExecutor
-import torch
-from torch_depthmup.diagnostics.digits import DigitsResNet
+import sys
+from torch_depthmup.diagnostics.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.training import Training
 from torch_depthmup.diagnostics.transfer import transfer_sweep
 
-def slow(model, lr, seed):
-    time.sleep(0.05)
-    return lr + seed + sum(p.numel() for p in model.parameters())
+def network(depth):
+    return DigitsResNet(depth, 8)
 
-transfer_sweep(
-    lambda depth: DigitsResNet(depth, 8), slow, depths=[2, 4], lrs=[0.001, 0.01, 0.1], rules=["mup", "depth-mup"],
-    seeds=4, example_inputs=torch.zeros(4, 64), executor=ThreadPoolExecutor(1), path=sys.argv[1], progress=False,
-)
+if __name__ == "__main__":
+    sweep = transfer_sweep(
+        network, Training(*digits(), steps=5, batch_size=16), depths=[2, 4], lrs=[0.001, 0.01, 0.1, 1.0],
+        rules=["mup", "depth-mup"], seeds=4, path=sys.argv[1], progress=False,
+    )
+    print(sweep.frame().drop(columns="seconds").to_csv())
 """
 
 
-def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)])
-    deadline = time.monotonic() + 60
+def workers_of(parent: int) -> list[int]:
+    """The worker processes that a pool has started (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process that ended while we looked
+            if _status(int(entry.name))[1] == str(parent) and b"spawn_main" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _status(pid: int) -> list[str]:
+    """A process's state, its parent, and what /proc says more of it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return _status(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sweep_killed_in_the_middle_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Real training in the default pool, kill -9: the workers go too, and the resumed frame is that of one go."""
+    script, path = tmp_path / "script.py", tmp_path / "runs.jsonl"
+    script.write_text(SCRIPT)
+    child = subprocess.Popen([sys.executable, script, path])
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 5):
         time.sleep(0.01)
+    workers = workers_of(child.pid)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     kept = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
-    assert 5 <= kept.count(b"\n") < 48
-    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, timeout=60)
-    finished = path.read_bytes()
-    assert finished.startswith(kept)
-    jobs = [Run.from_json(line).job for line in finished.decode().splitlines()[1:]]
-    assert len(jobs) == len(set(jobs)) == 48
+    assert 5 <= kept.count(b"\n") < 65
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(map(alive, workers)):
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+    if Path("/proc").exists():
+        assert workers
+    resumed, whole = (
+        subprocess.run([sys.executable, script, file], check=True, timeout=120, capture_output=True, text=True).stdout
+        for file in (path, tmp_path / "other.jsonl")
+    )
+    assert resumed == whole and len(whole.splitlines()) > 64
+    assert path.read_bytes().startswith(kept)
+    jobs = [Run.from_json(line).job for line in path.read_text().splitlines()[1:]]
+    assert len(jobs) == len(set(jobs)) == 64
 
 
 def diverging(model: nn.Module, lr: float, seed: int) -> float:
@@ -209,6 +204,67 @@ def plain(depth: int) -> nn.Module:
     return nn.Linear(64, 10)
 
 
+def always_two(depth: int) -> nn.Module:
+    return DigitsResNet(2, 8)
+
+
+def a_list(depth: int) -> nn.Module:
+    return [small(depth)]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        (always_two, "depth-mup at depth 4: the factory gives 2 residual branches at depth 2 and at depth 4"),
+        (a_list, "depth-mup at depth 4: the factory returned list, not an nn.Module"),
+        (lambda depth: small(depth), "cannot import make_model or train.*ThreadPoolExecutor"),
+    ],
+)
+def test_factories_that_will_not_do_are_named(factory, message: str) -> None:
+    with pytest.raises(dm.DepthMuPError, match=message):
+        transfer_sweep(factory, training(), **{**GRID, "rules": ["depth-mup"]})
+
+
+def failing(model: nn.Module, lr: float, seed: int) -> float:
+    raise RuntimeError("the disk is full")
+
+
+def dying(model: nn.Module, lr: float, seed: int) -> float:
+    os._exit(1)
+
+
+def test_what_goes_wrong_in_training_names_its_run() -> None:
+    with pytest.raises(RuntimeError, match="the disk is full") as caught:
+        transfer_sweep(small, failing, **GRID, example_inputs=X)
+    assert "in the run of mup at depth 4, lr 0.001, seed 0" in caught.value.__notes__
+    with pytest.raises(dm.DepthMuPError, match="a worker process ended before its run did"):
+        transfer_sweep(small, dying, **GRID, example_inputs=X)
+
+
+class Both(nn.Module):
+    """Takes two inputs by keyword, and drops features while it trains."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.body, self.drop = DigitsResNet(depth, 8), nn.Dropout(0.5)
+
+    def forward(self, images: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.body(self.drop(images * scale))
+
+
+def test_data_may_be_a_dict_and_the_loss_is_that_of_evaluation_mode() -> None:
+    images, labels = (part[:300] for part in digits())
+    inputs = {"images": images, "scale": torch.ones(300, 1)}
+    loop = Training(inputs, labels, steps=2, batch_size=16)
+    model = Both(2)
+    dm.parametrize(model, rule="mup")
+    final = loop(model, 0.001, 0)
+    assert not model.training
+    assert final == pytest.approx(nn.functional.cross_entropy(model(**inputs), labels).item(), rel=1e-5)
+    sweep = transfer_sweep(Both, (inputs, labels), **{**GRID, "lrs": [0.001], "seeds": 1})
+    assert all(math.isfinite(run.loss) for run in sweep.runs)
+
+
 def test_a_factory_without_branches_is_named() -> None:
     with pytest.raises(dm.DepthMuPError, match="depth-mup at depth .: .*no residual branches"):
         transfer_sweep(
@@ -220,13 +276,6 @@ def test_any_executor_does(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         sweep = transfer_sweep(small, here, **GRID, example_inputs=X, executor=executor)
     assert sweep.runs[0].loss == here(small(4), sweep.runs[0].job.lr, sweep.runs[0].job.seed)
-
-
-def test_the_figure_has_a_panel_for_each_rule_and_a_line_for_each_depth() -> None:
-    sweep = Sweep(tuple(parabola("mup", 4, -5) + parabola("mup", 64, -7) + parabola("complete-p", 4, -5)))
-    figure = transfer_figure(Sweep(sweep.runs + tuple(parabola("complete-p", 64, -5, edge=-2))), title="curves")
-    assert [axis.get_title() for axis in figure.axes] == ["mup", "complete-p"]
-    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["4", "64"]
 
 
 def slow(model: nn.Module, lr: float, seed: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch_depthmup import rules
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
-from torch_depthmup.diagnostics.probing import main_output
+from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, take
 from torch_depthmup.diagnostics.writers import frame
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.graph import call
-from torch_depthmup.optim import SGD, Adam, AdamW
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
 
@@ -41,7 +40,6 @@ Point = tuple[int, int | None]
 """A depth and, where widths are checked, a width."""
 
 Verdict = Literal["holds", "broken", "cannot tell"]
-CONSTRUCTORS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 PROBE = 32  # samples of the first batch that are looked at
 
 
@@ -191,10 +189,10 @@ def coordinate_check(
         if prepare is not None:
             prepare(model, base)
         elif rule.scales_depth or widths is not None:
-            parametrize(model, base=base, rule=rule, example_inputs=_head(batches[0][0], 4))
+            parametrize(model, base=base, rule=rule, example_inputs=take(batches[0][0], slice(4)))
         else:
             parametrize(model, rule=rule)
-        monitor = FeatureMonitor(model, _head(batches[0][0], PROBE))
+        monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
         _check_depth(found, depth, len(monitor.branches))
         _train(model, make_optimizer(model), batches, steps, loss, monitor)
         rows += [_row(row, depth, width, seed) for row in monitor.rows]
@@ -212,8 +210,8 @@ def _family(optimizer: Any, family: str | Family | None) -> Family:
         return get_family(family)
     if callable(optimizer):
         raise MeasurementError("optimizer is a function: say which rule holds for it, family='sgd' or family='adam'")
-    if optimizer not in CONSTRUCTORS:
-        known = ", ".join(map(repr, CONSTRUCTORS))
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(map(repr, OPTIMIZERS))
         raise MeasurementError(
             f"optimizer={optimizer!r} is not known. Write one of {known}, or a function of the model"
         )
@@ -221,7 +219,7 @@ def _family(optimizer: Any, family: str | Family | None) -> Family:
 
 
 def _named(optimizer: str, lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: CONSTRUCTORS[optimizer](model, lr=lr)
+    return lambda model: OPTIMIZERS[optimizer](model, lr=lr)
 
 
 def _batches(data: Any) -> list[tuple[Any, Tensor]]:
@@ -285,23 +283,6 @@ def _train(
         value.backward()
         optimizer.step()
     monitor.record(steps)
-
-
-def default_loss(output: Any, targets: Tensor) -> Tensor:
-    """Cross-entropy for integer targets, mean squares for floating ones."""
-    value = main_output(output)
-    if targets.is_floating_point():
-        return nn.functional.mse_loss(value, targets.reshape(value.shape))
-    return nn.functional.cross_entropy(value.flatten(0, -2), targets.flatten())
-
-
-def _head(inputs: Any, count: int) -> Any:
-    """The first samples of a batch."""
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    if isinstance(inputs, Mapping):
-        return {key: _head(value, count) for key, value in inputs.items()}
-    return type(inputs)(_head(value, count) for value in inputs) if isinstance(inputs, tuple | list) else inputs
 
 
 def _row(row: dict[str, Any], depth: int, width: int | None, seed: int) -> dict[str, Any]:

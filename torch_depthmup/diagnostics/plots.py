@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from torch_depthmup.diagnostics.extras import needs
-from torch_depthmup.diagnostics.transfer import Sweep
+from torch_depthmup.diagnostics.optima import Sweep
 
 __all__ = ["transfer_figure"]
 

@@ -1,4 +1,4 @@
-"""Does the learning rate transfer? Sweeps over depths, learning rates, rules and seeds, and what they say.
+"""Does the learning rate transfer? Trains over depths, learning rates, rules and seeds; `Sweep` says what it means.
 
 A sweep is a list of independent runs, each a function of (rule, depth, lr, seed), so that any executor can do them in
 any order, and a file of finished runs is all that a resumed sweep needs.
@@ -7,235 +7,40 @@ any order, and a file of finished runs is all that a resumed sweep needs.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
-import json
 import math
+import multiprocessing
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torch_depthmup.diagnostics.extras import needs
+from torch_depthmup.diagnostics.optima import Job, Run, Sweep
+from torch_depthmup.diagnostics.training import Training, take
 from torch_depthmup.errors import DepthMuPError
-from torch_depthmup.optim import SGD, Adam, AdamW
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.rules import get_rule
 
-__all__ = ["Job", "Optimum", "Run", "Sweep", "Training", "transfer_sweep"]
+__all__ = ["transfer_sweep"]
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
-DIVERGED = 2.0  # a loss above so many times the untrained one is past the edge of stability, finite or not
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to do: a rule by name, a depth in residual additions, the base's learning rate, a seed."""
-
-    rule: str
-    depth: int
-    lr: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. ``loss`` is infinite where it diverged; ``seconds`` is the time it took in its worker."""
-
-    job: Job
-    loss: float
-    seconds: float
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss is not a number that training could have gone on from."""
-        return not math.isfinite(self.loss)
-
-    def to_json(self) -> str:
-        """One line; an infinite loss is null, which JSON has and infinity it has not."""
-        return json.dumps({**asdict(self.job), "loss": None if self.diverged else self.loss, "seconds": self.seconds})
-
-    @classmethod
-    def from_json(cls, line: str) -> Run:
-        """The run that `to_json` wrote."""
-        data = json.loads(line)
-        loss, seconds = data.pop("loss"), data.pop("seconds")
-        return cls(Job(**data), math.inf if loss is None else loss, seconds)
-
-
-@dataclass(frozen=True)
-class Training:
-    """A plain training loop on data in memory, for sweeps that need no loop of their own.
-
-    Args:
-        inputs: (samples, ...) on any device.
-        targets: (samples,) class indices, or (samples, ...) numbers for ``loss="mse"``.
-        optimizer: ``"sgd"`` (momentum 0.9), ``"adam"`` or ``"adamw"``.
-        steps: optimizer steps.
-        batch_size: samples drawn with replacement for each step.
-        loss: ``"cross_entropy"`` or ``"mse"``.
-
-    Calling it with (model, lr, seed) trains a parametrized model and returns its mean loss over all the data, infinite
-    where it diverged.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    optimizer: str = "adam"
-    steps: int = 60
-    batch_size: int = 128
-    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
-
-    def __call__(self, model: nn.Module, lr: float, seed: int) -> float:
-        options = {"momentum": 0.9} if self.optimizer == "sgd" else {}
-        optimizer = OPTIMIZERS[self.optimizer](model, lr=lr, **options)
-        criterion = F.cross_entropy if self.loss == "cross_entropy" else F.mse_loss
-        generator = torch.Generator().manual_seed(seed)
-        untrained = self._evaluate(model, criterion)
-        for _ in range(self.steps):
-            batch = torch.randint(len(self.inputs), (self.batch_size,), generator=generator)
-            loss = criterion(model(self.inputs[batch]), self.targets[batch])
-            if not math.isfinite(loss.item()):
-                return math.inf
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        final = self._evaluate(model, criterion)
-        return final if final <= DIVERGED * untrained else math.inf
-
-    @torch.no_grad()
-    def _evaluate(self, model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> float:
-        return criterion(model(self.inputs), self.targets).item()
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """Where the loss is smallest.
-
-    ``lr`` is on the grid, by the median over seeds. ``log2_lr`` is the vertex of a parabola through the three points
-    around each seed's minimum, averaged over seeds, with its standard error (nan for one seed). ``at_edge`` says that
-    the grid does not enclose it.
-    """
-
-    lr: float
-    loss: float
-    log2_lr: float
-    error: float
-    at_edge: bool
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Finished runs, and what follows from them."""
-
-    runs: tuple[Run, ...]
-
-    def _values(self, field: str) -> list[Any]:
-        return list(dict.fromkeys(sorted({getattr(run.job, field) for run in self.runs})))
-
-    @property
-    def rules(self) -> list[str]:
-        """Rules in the order in which they were run."""
-        return list(dict.fromkeys(run.job.rule for run in self.runs))
-
-    @property
-    def depths(self) -> list[int]:
-        """Depths, ascending."""
-        return self._values("depth")
-
-    @property
-    def lrs(self) -> list[float]:
-        """Learning rates of the base, ascending."""
-        return self._values("lr")
-
-    def losses(self, rule: str, depth: int, lr: float) -> list[float]:
-        """The losses of one point of the grid, a number for each seed, infinite where a run diverged."""
-        return [run.loss for run in self.runs if (run.job.rule, run.job.depth, run.job.lr) == (rule, depth, lr)]
-
-    def optimum(self, rule: str, depth: int) -> Optimum:
-        """The best learning rate at one depth; nan, with an infinite loss, where every run diverged.
-
-        Raises:
-            DepthMuPError: there is no such run.
-        """
-        middle = {lr: median(losses) for lr in self.lrs if (losses := self.losses(rule, depth, lr))}
-        if not middle:
-            raise DepthMuPError(f"{rule} at depth {depth}: the sweep has no such run")
-        if not math.isfinite(min(middle.values())):
-            return Optimum(math.nan, math.inf, math.nan, math.nan, False)
-        best = min(middle, key=middle.__getitem__)
-        vertices = [_vertex(curve) for curve in self._curves(rule, depth) if min(curve.values()) < math.inf]
-        spread = stdev(vertices) / math.sqrt(len(vertices)) if len(vertices) > 1 else math.nan
-        edge = best in (min(middle), max(middle))
-        return Optimum(best, middle[best], fmean(vertices), spread, edge)
-
-    def _curves(self, rule: str, depth: int) -> list[dict[float, float]]:
-        """For each seed the loss against the learning rate."""
-        curves: dict[int, dict[float, float]] = {}
-        for run in self.runs:
-            if (run.job.rule, run.job.depth) == (rule, depth):
-                curves.setdefault(run.job.seed, {})[run.job.lr] = run.loss
-        return list(curves.values())
-
-    def drift(self, rule: str, depth: int) -> float:
-        """By how many factors of two the fitted optimum moves from the shallowest depth to this one."""
-        return self.optimum(rule, depth).log2_lr - self.optimum(rule, self.depths[0]).log2_lr
-
-    def transferred(self, rule: str, depth: int) -> list[float]:
-        """The losses at a depth with the learning rate tuned at the shallowest one, a number for each seed.
-
-        Infinite where there was nothing to tune.
-        """
-        return self.losses(rule, depth, self.optimum(rule, self.depths[0]).lr) or [math.inf]
-
-    def regret(self, rule: str, depth: int) -> float:
-        """What tuning shallow costs at a depth: median transferred loss less the best median loss there."""
-        return median(self.transferred(rule, depth)) - self.optimum(rule, depth).loss
-
-    def edge(self, rule: str, depth: int) -> float:
-        """The smallest learning rate at which any seed diverged; infinite where none did."""
-        return min((lr for lr in self.lrs if math.inf in self.losses(rule, depth, lr)), default=math.inf)
-
-    def frame(self) -> Any:
-        """A tidy pandas frame: rule, depth, lr, seed, loss, diverged, seconds; a row for each run.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        rows = [{**asdict(r.job), "loss": r.loss, "diverged": r.diverged, "seconds": r.seconds} for r in self.runs]
-        return needs("pandas").DataFrame(rows)
-
-
-def _vertex(curve: dict[float, float]) -> float:
-    """log2 of the learning rate at the vertex of the parabola through the minimum and its neighbours, in log loss."""
-    lrs = sorted(curve)
-    i = min(range(len(lrs)), key=lambda j: curve[lrs[j]])
-    x = [math.log2(lr) for lr in lrs]
-    if i in (0, len(lrs) - 1) or not all(math.isfinite(curve[lrs[j]]) and curve[lrs[j]] > 0 for j in (i - 1, i, i + 1)):
-        return x[i]
-    left, middle, right = (math.log(curve[lrs[j]]) for j in (i - 1, i, i + 1))
-    a, b = x[i] - x[i - 1], x[i + 1] - x[i]
-    slope_left, slope_right = (middle - left) / a, (right - middle) / b
-    curvature = (slope_right - slope_left) / ((a + b) / 2)
-    if curvature <= 0:
-        return x[i]
-    # the derivative is slope_left at the middle of the left interval and grows by the curvature
-    return min(max(x[i] - a / 2 - slope_left / curvature, x[i - 1]), x[i + 1])
+EXAMPLES = 16  # samples that branches are found with
+AHEAD = 4  # runs handed out for each core: an interrupted sweep has little to throw away, and no worker waits
 
 
 def transfer_sweep(
     make_model: Callable[[int], nn.Module],
-    train: Callable[[nn.Module, float, int], float] | tuple[Tensor, Tensor],
+    train: Callable[[nn.Module, float, int], float] | tuple[Any, Tensor],
     *,
     depths: Sequence[int],
     lrs: Sequence[float],
@@ -251,14 +56,15 @@ def transfer_sweep(
     Args:
         make_model: depth -> a fresh model; importable by workers (a function of a module, not a lambda).
         train: (parametrized model, lr, seed) -> loss, which makes its optimizer with this package's constructors; or
-            data (inputs, targets) for the loop of `Training`.
+            data (inputs, targets) for the loop of `Training`. Workers get a copy of it, data and all: once each in the
+            default pool, with every run in other executors. Let ``train`` load data that are large.
         depths: what ``make_model`` takes, ascending or not; at least one.
         lrs: learning rates of the base.
         rules: rules by name.
         seeds: how many, or which.
-        example_inputs: for `parametrize`; of data given as tensors the first 16 samples.
+        example_inputs: for `parametrize`; by default the first samples of the data, where ``train`` is data.
         executor: any ``concurrent.futures.Executor``, the caller's to shut down; ``None`` makes a process for each
-            core, with one thread each.
+            core, with one thread each, whose losses are those of one thread to the bit.
         path: a file of JSON lines. Finished runs are appended as they come; runs that it holds are not done again. It
             remembers what was trained - the factory and the training by name, with their data and options - and is
             refused for anything else; it cannot see that their code has changed.
@@ -273,14 +79,16 @@ def transfer_sweep(
     """
     jobs = _grid(depths, lrs, rules, seeds)
     if isinstance(train, tuple):
-        example_inputs = train[0][:16] if example_inputs is None else example_inputs
         train = Training(*train)
+    if isinstance(train, Training) and example_inputs is None:
+        example_inputs = take(train.inputs, torch.arange(min(EXAMPLES, len(train.targets))))
     if example_inputs is None and any(get_rule(rule).scales_depth for rule in rules):
         raise DepthMuPError("branches are found by running the model once: pass example_inputs=")
     work = _Work(make_model, train, min(depths), example_inputs)
-    done = _finished(path, jobs, work.fingerprint())
+    fingerprint = work.fingerprint()
+    done = _finished(path, jobs, fingerprint)
     pending = [job for job in jobs if job not in done]
-    with _bar(len(jobs), len(done), progress) as advance, _appending(path, work.fingerprint()) as append:
+    with _bar(len(jobs), len(done), progress) as advance, _appending(path, fingerprint) as append:
         for run in _run_all(work, pending, executor):
             done[run.job] = run
             append(run)
@@ -314,44 +122,96 @@ class _Work:
 
     def fingerprint(self) -> str:
         """What is trained, as a short text: functions by name, everything else by value."""
+        content = io.BytesIO()
         try:
-            content = pickle.dumps(self)
+            _ByValue(content).dump(self)
         except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, say, which only threads can run
             names = [getattr(f, "__qualname__", type(f).__name__) for f in (self.make_model, self.train)]
-            content = repr((names, self.base_depth)).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+            content = io.BytesIO(repr((names, self.base_depth)).encode())
+        return hashlib.sha256(content.getvalue()).hexdigest()[:16]
 
     def __call__(self, job: Job) -> Run:
         start = time.perf_counter()
-        torch.manual_seed(job.seed)
         try:
-            model = self.make_model(job.depth)
-            state = torch.random.get_rng_state()
-            if get_rule(job.rule).scales_depth:
-                base = self.make_model(self.base_depth)
-                parametrize(model, base=base, example_inputs=self.example_inputs, rule=job.rule)
-            else:
-                parametrize(model, rule=job.rule)
-            torch.random.set_rng_state(state)  # the same noise under every rule
+            torch.manual_seed(job.seed)
+            model = self._parametrized(job)
+            loss = float(self.train(model, job.lr, job.seed))
         except DepthMuPError as error:
             raise DepthMuPError(f"{job.rule} at depth {job.depth}: {error}") from error
-        loss = float(self.train(model, job.lr, job.seed))
+        except Exception as error:
+            error.add_note(f"in the run of {job.rule} at depth {job.depth}, lr {job.lr:g}, seed {job.seed}")
+            raise
         return Run(job, loss if math.isfinite(loss) else math.inf, time.perf_counter() - start)
+
+    def _parametrized(self, job: Job) -> nn.Module:
+        model = self._made(job.depth)
+        state = torch.random.get_rng_state()
+        if get_rule(job.rule).scales_depth:
+            plan = parametrize(
+                model, base=self._made(self.base_depth), example_inputs=self.example_inputs, rule=job.rule
+            )
+            if job.depth != self.base_depth and all(stream.ratio == 1 for stream in plan.streams):
+                raise DepthMuPError(
+                    f"the factory gives {len(plan.branches)} residual branches at depth {self.base_depth} and at depth "
+                    f"{job.depth}: it ignores depth. Let it build as many blocks as its first argument says"
+                )
+        else:
+            parametrize(model, rule=job.rule)
+        torch.random.set_rng_state(state)  # the same noise under every rule
+        return model
+
+    def _made(self, depth: int) -> nn.Module:
+        model = self.make_model(depth)
+        if not isinstance(model, nn.Module):
+            raise DepthMuPError(f"the factory returned {type(model).__name__}, not an nn.Module")
+        return model
+
+
+class _ByValue(pickle.Pickler):
+    """The same bytes for equal tensors in every process; torch's own pickles contain memory addresses."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return tuple, ((str(value.dtype), tuple(value.shape), plain.numpy().tobytes()),)
 
 
 def _run_all(work: _Work, jobs: Sequence[Job], executor: Executor | None) -> Iterator[Run]:
-    """Runs as they finish. Few are handed out ahead, so that an interrupted sweep has little to throw away."""
+    """Runs as they finish."""
     if not jobs:
         return
-    own = None
-    if executor is None:
-        workers = min(os.cpu_count() or 1, len(jobs))
-        own = executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
-    ahead = 4 * (os.cpu_count() or 1)
+    if executor is not None:
+        yield from _as_they_finish(executor, work, jobs)
+        return
+    try:
+        content = pickle.dumps(work)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise DepthMuPError(
+            f"worker processes cannot import make_model or train ({error}). Define them as functions of a module, or "
+            "pass executor=ThreadPoolExecutor(1)"
+        ) from error
+    # Plain bytes: torch's own way of sending tensors would move the caller's into shared memory, which containers lack.
+    context = multiprocessing.get_context("spawn")
+    workers = min(os.cpu_count() or 1, len(jobs))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(content,))
+    try:
+        yield from _as_they_finish(pool, _in_worker, jobs)
+    except BrokenExecutor as error:
+        raise DepthMuPError(
+            "a worker process ended before its run did: it was killed, ran out of memory, or could not import the "
+            "script that started it (a script needs if __name__ == '__main__':). Finished runs are in path="
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _as_they_finish(executor: Executor, function: Callable[[Job], Run], jobs: Sequence[Job]) -> Iterator[Run]:
     waiting, pending = iter(jobs), set[Future[Run]]()
+    ahead = AHEAD * (os.cpu_count() or 1)
     try:
         while True:
-            pending |= {executor.submit(work, job) for job in itertools.islice(waiting, ahead - len(pending))}
+            pending |= {executor.submit(function, job) for job in itertools.islice(waiting, ahead - len(pending))}
             if not pending:
                 return
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -360,12 +220,29 @@ def _run_all(work: _Work, jobs: Sequence[Job], executor: Executor | None) -> Ite
     finally:
         for future in pending:
             future.cancel()
-        if own is not None:
-            own.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+_work: _Work | None = None  # of this worker process
+
+
+def _start_worker(content: bytes) -> None:
+    global _work
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _work = pickle.loads(content)
+
+
+def _end_with(parent: Any) -> None:
+    """A worker holds both ends of the pool's pipe and would wait forever for a parent that was killed."""
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(job: Job) -> Run:
+    assert _work is not None
+    return _work(job)
 
 
 def _finished(path: str | Path | None, jobs: Iterable[Job], fingerprint: str) -> dict[Job, Run]:
