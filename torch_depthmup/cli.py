@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
@@ -12,11 +13,15 @@ from typing import NoReturn
 __all__ = ["main"]
 
 COMMANDS = {
-    "demo": ("torch_depthmup.demo", "train on digits at three depths: does the learning rate transfer?"),
-    "nfd": (
-        "torch_depthmup.diagnostics.nfd_command",
-        "predict the training of a wide network, and train one beside it",
+    "branches": ("torch_depthmup.commands.branches", "find the residual branches of your network"),
+    "plan": ("torch_depthmup.commands.plan", "what a rule does to each branch and parameter of your network"),
+    "check": (
+        "torch_depthmup.commands.check",
+        "train briefly over depths, and hold what moved against the rule",
     ),
+    "sweep": ("torch_depthmup.commands.sweep", "does the learning rate transfer over depths of your network?"),
+    "demo": ("torch_depthmup.commands.demo", "the same on digits, at three depths"),
+    "nfd": ("torch_depthmup.commands.nfd", "predict the training of a wide network, and train one beside it"),
 }
 """Command -> the module with its ``add_arguments(parser)`` and ``run(options) -> exit code``, and a line of help."""
 
@@ -43,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             room.add_arguments(command)
             command.set_defaults(run=room.run)
     options = parser.parse_args(arguments)
+    options.command_line = shlex.join(["depthmup", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         return int(options.run(options))
     except (ValueError, OSError, ImportError, BrokenExecutor) as error:  # DepthMuPError is a ValueError

@@ -12,7 +12,7 @@ from torch_depthmup.errors import DepthMuPError
 if TYPE_CHECKING:
     from torch_depthmup.plan import Plan
 
-__all__ = ["fold_names", "table"]
+__all__ = ["branch_rows", "columns", "fold_names", "parameter_rows", "table"]
 
 COLUMNS = 100
 MANY = 4  # so many numbers behind one stem (block0, block1, ...) are a repetition, fewer (conv1, conv2) are names
@@ -29,10 +29,23 @@ def table(plan: Plan) -> str:
             f"stream {i}: depth {stream.depth}, base depth {stream.base_depth}, ratio {stream.ratio:g}, "
             f"branch multiplier {m:.4g}"
         )
+    return "\n".join([*lines, "", *columns(*branch_rows(plan)), "", *columns(*parameter_rows(plan))])
+
+
+Table = tuple[Sequence[str], list[tuple[str, tuple[str, ...]]]]
+"""A header, and for each row its name and its other cells."""
+
+
+def branch_rows(plan: Plan) -> Table:
+    """The plan's branches, repeated blocks folded."""
     branches: dict[str, tuple[str, ...]] = {
         b.name: (f"{b.stream}", b.skip, f"{b.levels}", f"{plan.branch_multiplier(b):.4g}") for b in plan.branches
     }
-    lines += ["", *_rows(("branch", "stream", "skip", "levels", "multiplier"), fold_names(branches))]
+    return ("branch", "stream", "skip", "levels", "multiplier"), fold_names(branches)
+
+
+def parameter_rows(plan: Plan) -> Table:
+    """The plan's parameters with their multipliers, repeated blocks folded."""
     rows = {}
     for entry in plan.entries:
         try:
@@ -41,11 +54,11 @@ def table(plan: Plan) -> str:
             rows[entry.name] = (entry.role, f"{entry.scale:.4g}", *(f"{number:.4g}" for number in numbers))
         except DepthMuPError:  # more widths than mup knows: the optimizer will refuse, the table still prints
             rows[entry.name] = (entry.role, f"{entry.scale:.4g}", *["-"] * 5)
-    header = ("parameter", "role", "value", "SGD lr", "SGD wd", "Adam lr", "AdamW wd", "Adam eps")
-    return "\n".join([*lines, "", *_rows(header, fold_names(rows))])
+    return ("parameter", "role", "value", "SGD lr", "SGD wd", "Adam lr", "AdamW wd", "Adam eps"), fold_names(rows)
 
 
-def _rows(header: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[str]:
+def columns(header: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[str]:
+    """Lines of aligned text, the name to the left."""
     cells = [tuple(header), *((name or "(root)", *values) for name, values in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * (len(header) - 1))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_depthmup.diagnostics.extras import needs
+from torch_depthmup.diagnostics.style import ACCENT, GRID, categories, colormap, geometric, ink, plain_ticks, shades
 from torch_depthmup.errors import MeasurementError
 
 if TYPE_CHECKING:
     from torch_depthmup.diagnostics.coordinates import CoordinateCheck, Slope
     from torch_depthmup.diagnostics.monitor import FeatureMonitor
 
-__all__ = ["coordinate_figure", "monitor_figure"]
-
-MAP = "viridis"
-GRID = {"which": "major", "alpha": 0.25, "linewidth": 0.6}
+__all__ = ["coordinate_figure", "initial_figure", "monitor_figure"]
 
 
 def coordinate_figure(check: CoordinateCheck) -> Any:
@@ -51,15 +49,15 @@ def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope, title: str) ->
 
     points = check.sizes(slope.quantity)
     depths = sorted({depth for depth, _ in points})
-    colors = _colors(depths)
+    colors = shades(depths)
     for (depth, _), size in points.items():
         axis.plot(depth, size, "o", color=colors[depth], markersize=4, alpha=0.7)
-    means = [_geometric(size for (d, _), size in points.items() if d == depth) for depth in depths]
-    axis.plot(depths, means, color="0.25", linewidth=1.4, label=f"measured {slope.measured:+.2f}")
+    means = [geometric(size for (d, _), size in points.items() if d == depth) for depth in depths]
+    axis.plot(depths, means, color=ink(), linewidth=1.4, label=f"measured {slope.measured:+.2f}")
     middle = len(depths) // 2
     guide = [means[middle] * (depth / depths[middle]) ** slope.predicted for depth in depths]
     label = f"{check.rule.name} {'' if exact(slope.quantity, slope.predicted) else 'up to '}{slope.predicted:+.2f}"
-    axis.plot(depths, guide, "--", color="tab:red", linewidth=1.2, label=label)
+    axis.plot(depths, guide, "--", color=ACCENT, linewidth=1.2, label=label)
     axis.set(xscale="log", yscale="log", xlabel="depth", title=f"{title}\n{slope.verdict}")
     axis.set_xscale("log", base=2)
     axis.set_xticks(depths, [str(depth) for depth in depths])
@@ -68,17 +66,9 @@ def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope, title: str) ->
     low, high = min(*points.values(), *guide), max(*points.values(), *guide)
     pad = max(1.15, math.sqrt(4 / (high / low)) if high / low < 4 else 1.15)
     axis.set_ylim(low / pad, high * pad)
-    _plain_ticks(axis)
+    plain_ticks(axis)
     axis.grid(**GRID)
     axis.legend(frameon=False, fontsize="x-small")
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Numbers at a few places of the log axis, also where it spans less than a decade."""
-    ticker = needs("matplotlib.ticker")
-    axis.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=6))
-    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.1g}"))
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _profile_panel(axis: Any, check: CoordinateCheck, quantity: str, title: str, *, last: bool) -> None:
@@ -87,21 +77,21 @@ def _profile_panel(axis: Any, check: CoordinateCheck, quantity: str, title: str,
     rows = [row for row in check.edge if row["step"] == end and row["kind"] == kind]
     rows = [row for row in rows if kind == "stream" or row["role"] == quantity]
     depths = sorted({row["total_depth"] for row in rows})
-    colors = _colors(depths)
+    colors = shades(depths)
     for depth in depths:
         along: dict[float, list[float]] = {}
         for row in rows:
             if row["total_depth"] == depth:
                 along.setdefault(row["relative_depth"], []).append(row[column] / row["folded"])
         places = sorted(along)
-        values = [_geometric(along[place]) for place in places]
+        values = [geometric(along[place]) for place in places]
         axis.plot(places, values, "-", color=colors[depth], linewidth=1.5, label=str(depth))
     axis.set(yscale="log", xlabel="relative depth", xlim=(0, 1.02))
     low, high = axis.get_ylim()
     if high / low < 10:
         middle = math.sqrt(low * high)
         axis.set_ylim(middle / 10**0.5, middle * 10**0.5)
-    _plain_ticks(axis)
+    plain_ticks(axis)
     axis.set_title(f"{title} along the network", fontsize="small")
     axis.grid(**GRID)
     if last:
@@ -147,13 +137,13 @@ def monitor_figure(monitors: FeatureMonitor | Mapping[str, FeatureMonitor], quan
             axis.grid(**GRID)
     for axis in panels[-1]:
         axis.set_xlabel("step")
-    color = needs("matplotlib.cm").ScalarMappable(needs("matplotlib.colors").Normalize(0, 1), MAP)
+    color = needs("matplotlib.cm").ScalarMappable(needs("matplotlib.colors").Normalize(0, 1), colormap())
     figure.colorbar(color, ax=panels, label="relative depth", shrink=0.8, aspect=30)
     return figure
 
 
 def _lines(axis: Any, rows: Sequence[dict[str, Any]], which: str, column: str) -> None:
-    shade = needs("matplotlib").colormaps[MAP]
+    shade = colormap()
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if (row["kind"] == "stream") if which == "stream" else (row["role"] == which):
@@ -164,15 +154,41 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], which: str, column: str) -
         axis.plot([row["step"] for row in line], values, color=shade(at), linewidth=1.1)
     if column not in ("alignment", "own_share"):
         axis.set_yscale("log")
-        _plain_ticks(axis)
+        plain_ticks(axis)
 
 
-def _colors(depths: Sequence[int]) -> dict[int, Any]:
-    shade = needs("matplotlib").colormaps[MAP]
-    return {depth: shade(0.88 * i / max(1, len(depths) - 1)) for i, depth in enumerate(depths)}
+def initial_figure(monitors: Mapping[str, FeatureMonitor]) -> Any:
+    """The first record of networks beside each other: the residual stream and what its branches add, along the depth.
 
+    Args:
+        monitors: by label, each with a record made before training.
 
-def _geometric(values: Iterable[float]) -> float:
-    """The geometric mean, which is the mean on a log axis."""
-    listed = [math.log(value) for value in values if value > 0]
-    return math.exp(sum(listed) / len(listed)) if listed else math.nan
+    Returns:
+        A matplotlib figure: root mean squares against relative depth on a log axis, a line for each residual stream.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = needs("matplotlib.figure").Figure(figsize=(8.4, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    colors = categories(list(monitors))
+    columns = (("size", "residual stream: size"), ("added", "branches: size of what each adds"))
+    for axis, (column, title) in zip(panels, columns, strict=True):
+        for label, monitor in monitors.items():
+            rows = [row for row in monitor.rows if row["kind"] == "stream" and row["step"] == monitor.rows[0]["step"]]
+            for stream in sorted({row["stream"] for row in rows}):
+                mine = [row for row in rows if row["stream"] == stream]
+                at = [(row["position"] + 1) / row["depth"] for row in mine]
+                name = label if stream == rows[0]["stream"] else None
+                values = [row[column] for row in mine]
+                axis.plot(at, values, "o-", color=colors[label], markersize=3, linewidth=1.4, label=name)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        pad = max(1.0, math.sqrt(4 * low / high))  # a flat line should look flat
+        axis.set_ylim(low / pad, high * pad)
+        plain_ticks(axis)
+        axis.set(xlabel="relative depth", xlim=(0, 1.02))
+        axis.set_title(title, fontsize="small")
+        axis.grid(**GRID)
+    panels[0].legend(frameon=False, fontsize="small")
+    return figure

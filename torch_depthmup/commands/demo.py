@@ -6,14 +6,14 @@ import argparse
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
+from torch_depthmup.commands.sources import positive
+from torch_depthmup.commands.sweep import COMPARED
+from torch_depthmup.commands.sweep_text import reading, table, terminal
 from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Sweep
 from torch_depthmup.diagnostics.plots import transfer_figure
 from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
@@ -28,7 +28,6 @@ rates, under several rules, and reports for each rule where the best learning ra
 factors of two it moves, and what the learning rate tuned at the shallowest depth gives at the deepest. Writes a figure
 (PNG) and all runs (JSON). About two minutes on two cores; --quick under thirty seconds."""
 
-COMPARED = ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p")
 GRIDS = {"adam": (-12, -4), "adamw": (-12, -4), "sgd": (-9, 0)}
 
 
@@ -38,20 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="fewer learning rates, steps and seeds; depths 4 and 16")
     parser.add_argument(
-        "--depths", type=_positive, nargs="+", metavar="L", help="default: 4 16 64; the least is the base"
+        "--depths", type=positive, nargs="+", metavar="L", help="default: 4 16 64; the least is the base"
     )
     parser.add_argument("--rules", nargs="+", choices=sorted(RULES), metavar="RULE", help=f"of {', '.join(RULES)}")
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="runs for each point of the grid (default 3)")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="optimizer steps of a run (default 60)")
-    parser.add_argument("--width", type=_positive, default=64, metavar="N", help="width of the network (default 64)")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="runs for each point of the grid (default 3)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="optimizer steps of a run (default 60)")
+    parser.add_argument("--width", type=positive, default=64, metavar="N", help="width of the network (default 64)")
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam", help="default: adam")
     parser.add_argument("--out", type=Path, default=Path("depthmup-demo"), metavar="DIR", help="default: depthmup-demo")
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
         depths=depths, lrs=lrs, rules=rules, seeds=seeds, example_inputs=inputs[:16],
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    console = needs("rich.console").Console(width=min(100, shutil.get_terminal_size((100, 24)).columns))
-    console.print(_table(sweep))
-    console.print(_reading(sweep))
+    console = terminal()
+    console.print(table(sweep))
+    console.print(reading(sweep))
     what = f"digits, width {options.width}, {options.optimizer}, {steps} steps, {seeds} seeds"
     transfer_figure(sweep, title=what).savefig(options.out / "transfer.png", dpi=130)
     (options.out / "transfer.json").write_text(json.dumps(_summary(sweep, vars(options)), indent=1, allow_nan=False))
@@ -94,57 +87,6 @@ class _Network:
         return DigitsResNet(depth, self.width)
 
 
-def _table(sweep: Sweep) -> Any:
-    deepest = sweep.depths[-1]
-    table = needs("rich.table").Table(box=needs("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.title = f"best learning rate at each depth L; loss at depth {deepest}"
-    headings = (*(f"L={depth}" for depth in sweep.depths), "moves by 2^", f"lr of L={sweep.depths[0]}", "best lr")
-    for heading in ("rule", *headings):
-        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
-    for rule in sweep.rules:
-        optima = [sweep.optimum(rule, depth) for depth in sweep.depths]
-        at_best = sweep.losses(rule, deepest, optima[-1].lr) or [math.inf]
-        table.add_row(
-            rule,
-            *("none" if math.isnan(o.lr) else f"{o.lr:.2g}{'*' if o.at_edge else ''}" for o in optima),
-            str(sweep.drift(rule, deepest)),
-            _with_spread(sweep.transferred(rule, deepest)),
-            _with_spread(at_best),
-        )
-    if any(sweep.optimum(rule, depth).at_edge for rule in sweep.rules for depth in sweep.depths):
-        table.caption = "* at the edge of the grid: the optimum may lie beyond it"
-    return table
-
-
-def _with_spread(losses: list[float]) -> str:
-    spread = f"±{stdev(losses):.3f}" if len(losses) > 1 and max(losses) < math.inf else ""
-    return f"{fmean(losses):.3f}{spread}"
-
-
-def _reading(sweep: Sweep) -> str:
-    """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
-    deepest, base = sweep.depths[-1], sweep.depths[0]
-    losses = {rule: sweep.transferred(rule, deepest) for rule in sweep.rules}
-    best = min(losses, key=lambda rule: fmean(losses[rule]))
-    if not math.isfinite(fmean(losses[best])):
-        return f"In this run no rule trains at depth {deepest} with the learning rate tuned at depth {base}."
-    alike = [rule for rule in sweep.rules if rule != best and _alike(losses[rule], losses[best])]
-    told = f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
-    return (
-        f"In this run the learning rate tuned at depth {base} gives the lowest mean loss at depth {deepest} under "
-        f"{best}{told}. ± over seeds: standard error (moves), deviation (loss)."
-    )
-
-
-def _alike(a: list[float], b: list[float]) -> bool:
-    """Whether two means lie within two standard errors of their difference; with one seed nothing tells them apart."""
-    if not all(map(math.isfinite, (*a, *b))):
-        return False
-    if min(len(a), len(b)) < 2:
-        return True
-    return abs(fmean(a) - fmean(b)) < 2 * math.hypot(stdev(a) / len(a) ** 0.5, stdev(b) / len(b) ** 0.5)
-
-
 def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
     rules = {
         rule: {
@@ -156,7 +98,7 @@ def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
         for rule in sweep.rules
     }
     settings = {
-        key: value for key, value in options.items() if isinstance(value, int | str | list) and key != "command"
+        key: value for key, value in options.items() if isinstance(value, int | str | list) and not key.startswith("command")
     }
     return {"settings": settings, "rules": _finite(rules), "runs": [json.loads(run.to_json()) for run in sweep.runs]}
 

@@ -1,0 +1,1 @@
+"""The commands of ``depthmup``, one a module, each with its ``add_arguments(parser)`` and ``run(options)``."""

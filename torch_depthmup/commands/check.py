@@ -1,0 +1,90 @@
+"""``depthmup check``: the coordinate check of a user's network."""
+
+from __future__ import annotations
+
+import argparse
+
+from torch_depthmup.commands import sources
+from torch_depthmup.diagnostics import html
+from torch_depthmup.diagnostics.coordinates import QUANTITIES, CoordinateCheck, coordinate_check, exact
+from torch_depthmup.diagnostics.training import OPTIMIZERS
+from torch_depthmup.rules import RULES
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Trains the network for a few steps at each depth (and width), and holds the slopes of what moved, in log-log, against
+the exponents that the rule predicts. Prints the verdicts, says what is wrong where something is, and writes a page.
+Exit code 0: all holds; 1: something is broken; 3: the runs cannot tell (more depths or seeds would)."""
+
+EPILOG = "example: depthmup check my_net:make my_net:data --depths 4 8 16 32"
+EXIT = {"holds": 0, "broken": 1, "cannot tell": 3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``depthmup check``."""
+    sources.add_sources(parser, "check")
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument(
+        "--depths",
+        type=sources.positive,
+        nargs="+",
+        required=True,
+        metavar="L",
+        help="at least two; the least is the base",
+    )
+    parser.add_argument("--widths", type=sources.positive, nargs="+", metavar="N", help="to check the width as well")
+    parser.add_argument("--rule", choices=sorted(RULES), default="depth-mup", help="default: depth-mup")
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam", help="default: adam")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the base (default 0.001)")
+    parser.add_argument("--steps", type=sources.positive, default=3, metavar="N", help="training steps (default 3)")
+    parser.add_argument("--seeds", type=sources.positive, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--batch-size", type=sources.positive, default=128, metavar="N", help="default: 128")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the check, prints it, writes the page. Returns the exit code."""
+    make = sources.factory(options.model, options.width, options.widths)
+    inputs, targets = sources.data(options.data)
+    check = coordinate_check(
+        make, sources.batches(inputs, targets, options.batch_size, options.steps), depths=options.depths,
+        widths=options.widths, rule=options.rule, optimizer=options.optimizer, lr=options.lr, steps=options.steps,
+        seeds=options.seeds,
+    )  # fmt: skip
+    print(check)
+    page = html.page(f"Coordinate check of {options.model}", _blocks(check, options), command=options.command_line)
+    sources.write(options.out, page)
+    print(f"\nreport: {options.out}")
+    return EXIT[check.verdict]
+
+
+def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
+    rows = [
+        (
+            QUANTITIES[s.quantity], s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
+            f"{'' if exact(s.quantity, s.predicted) else '0 to '}{s.predicted:+.2f}", s.verdict,
+        )
+        for s in check.slopes
+    ]  # fmt: skip
+    measured = {s.quantity for s in check.slopes}
+    sizes = {quantity: check.sizes(quantity) for quantity in QUANTITIES if quantity in measured}
+    points = sorted({point for found in sizes.values() for point in found})
+    return [
+        html.paragraph(
+            f"Rule {check.rule.name} with {options.optimizer} at learning rate {options.lr:g}, {options.steps} steps, "
+            f"{options.seeds} seeds, depths {', '.join(map(str, sorted(set(options.depths))))}. "
+            f"Verdict: {check.verdict}."
+        ),
+        html.listing(check.mistakes),
+        html.table(("quantity", "axis", "slope", "95 % interval", "rule", "verdict"), rows),
+        html.figure(
+            check.figure,
+            "Above, sizes against depth: dots are seeds, the line their mean, the dashed line the rule's slope. Below, "
+            "the same along the network, depth as colour.",
+        ),
+        html.heading("Sizes"),
+        html.table(
+            ("depth", "seed", *(QUANTITIES[quantity] for quantity in sizes)),
+            [(f"{d}", f"{s}", *(html.number(found[d, s]) for found in sizes.values())) for d, s in points],
+        ),
+    ]

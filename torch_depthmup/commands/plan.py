@@ -1,0 +1,81 @@
+"""``depthmup plan``: what a rule does to a user's network."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from torch_depthmup.commands import sources
+from torch_depthmup.diagnostics import html
+from torch_depthmup.diagnostics.feature_plots import initial_figure
+from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.parametrize import parametrize
+from torch_depthmup.printing import branch_rows, parameter_rows
+from torch_depthmup.rules import RULES
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Builds the network and its base, parametrizes it, prints the multipliers of every branch and parameter, and writes a
+page with the tables and the sizes along the network before and after."""
+
+EPILOG = "example: depthmup plan my_net:make my_net:data --depth 32 --base-depth 8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``depthmup plan``."""
+    sources.add_sources(parser, "plan")
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument(
+        "--depth", type=sources.positive, required=True, metavar="L", help="the factory's first argument"
+    )
+    parser.add_argument("--base-depth", type=sources.positive, required=True, metavar="L", help="that of the base")
+    parser.add_argument("--base-width", type=sources.positive, metavar="N", help="the base's width (default: the same)")
+    parser.add_argument("--rule", choices=sorted(RULES), default="depth-mup", help="default: depth-mup")
+    parser.add_argument("--how", choices=("fold", "wrap"), default="fold", help="default: fold")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan, writes the page. Returns the exit code."""
+    make = sources.factory(options.model, options.width)
+    inputs = sources.examples(sources.data(options.data)[0])
+    torch.manual_seed(0)
+    base, model = make(options.base_depth, options.base_width), make(options.depth)
+    seen = {}
+    for label, network in ((f"base, depth {options.base_depth}", base), (f"depth {options.depth} as built", model)):
+        seen[label] = _recorded(network, inputs)
+    plan = parametrize(model, base=base, example_inputs=inputs, rule=options.rule, how=options.how)
+    seen[f"depth {options.depth}, {options.rule}"] = _recorded(model, inputs)
+    print(plan)
+    streams = [
+        (f"{i}", f"{s.depth}", f"{s.base_depth}", f"{s.ratio:.4g}", f"{plan.rule.branch_multiplier(s.ratio):.4g}")
+        for i, s in enumerate(plan.streams)
+    ]
+    branches, parameters = branch_rows(plan), parameter_rows(plan)
+    blocks = [
+        html.paragraph(
+            f"Rule {plan.rule.name}, how={plan.how!r}: {len(plan.branches)} branches, {len(plan.entries)} parameters. "
+            "The multipliers were measured on the network after they were set."
+        ),
+        html.table(("stream", "depth", "base depth", "ratio", "branch multiplier"), streams),
+        html.figure(
+            lambda: initial_figure(seen),
+            "Root mean squares along the network at initialization: the residual stream after each addition, and what "
+            "each branch adds, for the base, for the network as the factory built it, and under the rule.",
+        ),
+        html.heading("Branches"),
+        html.table(branches[0], [(name, *cells) for name, cells in branches[1]]),
+        html.heading("Parameters"),
+        html.table(parameters[0], [(name, *cells) for name, cells in parameters[1]]),
+        html.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
+    ]
+    sources.write(options.out, html.page(f"Plan for {options.model}", blocks, command=options.command_line))
+    print(f"\nreport: {options.out}")
+    return 0
+
+
+def _recorded(model: torch.nn.Module, inputs: object) -> FeatureMonitor:
+    with FeatureMonitor(model, inputs) as monitor:
+        monitor.record(0)
+    return monitor

@@ -1,0 +1,179 @@
+"""``module:function`` on the command line: the user's factory and data, and one clear line where they are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_depthmup.diagnostics.training import take
+from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.graph import tensors_in
+
+__all__ = ["EXAMPLES", "Factory", "add_sources", "batches", "data", "examples", "factory", "positive", "write"]
+
+EXAMPLES = 16  # samples that branches are found with
+
+
+def add_sources(parser: argparse.ArgumentParser, command: str) -> None:
+    """The arguments that the commands on a user's network share."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "model", metavar="MODEL", help="module:function, a factory depth -> model, or depth, width -> model"
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="module:function that returns (inputs, targets), or the name of such a pair"
+    )
+    parser.add_argument("--width", type=positive, metavar="N", help="the factory's second argument")
+    out = Path(f"depthmup-{command}.html")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the report (default {out})")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """A user's factory by name, which workers can import. ``code`` changes with the module's text."""
+
+    source: str
+    width: int | None = None
+    code: str = field(default="", repr=False)
+
+    def __call__(self, depth: int, width: int | None = None) -> nn.Module:
+        function, width = _resolve(self.source, "the factory"), width or self.width
+        model = function(depth) if width is None else function(depth, width)
+        if not isinstance(model, nn.Module):
+            raise DepthMuPError(f"{self.source} returned {type(model).__name__}, not an nn.Module")
+        return model
+
+
+def factory(source: str, width: int | None, widths: Sequence[int] | None = None) -> Factory:
+    """A factory that can be called with a depth and, where one is given, a width.
+
+    Raises:
+        DepthMuPError: there is no such function, or it takes other arguments; the message says what to write.
+    """
+    function = _resolve(source, "the factory")
+    if not callable(function):
+        raise DepthMuPError(f"{source} is a {type(function).__name__}, not a function from depth to model")
+    width = width or (widths[0] if widths else None)
+    _check_signature(source, function, width)
+    return Factory(source, width, _digest(source.partition(":")[0]))
+
+
+def _check_signature(source: str, function: Any, width: int | None) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C: it will say itself
+        return
+    given = (1,) if width is None else (1, width)
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        needed = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in signature.parameters.values()
+        )
+        fix = (
+            "Give --width" if width is None and needed == 2 else "It must take a depth, and a width where one is given"
+        )
+        if width is not None and needed < 2:
+            fix = "Leave the width out, or let it take one"
+        raise DepthMuPError(f"{source}{signature} cannot be called with {len(given)} arguments. {fix}") from error
+
+
+def data(source: str) -> tuple[Any, Tensor]:
+    """Inputs and targets.
+
+    Raises:
+        DepthMuPError: there is no such function or pair, or it is something else.
+    """
+    found = _resolve(source, "the data")
+    found = found() if callable(found) else found
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor) and found[1].ndim):
+        raise DepthMuPError(
+            f"{source} gives {type(found).__name__}, not a pair (inputs, targets) with a tensor of targets"
+        )
+    inputs, targets = found
+    tensors = list(tensors_in(inputs))
+    if not tensors:
+        raise DepthMuPError(f"{source}: the inputs hold no tensor. Inputs are a tensor, or a dict or tuple of tensors")
+    sizes = {len(tensor) for tensor in (*tensors, targets) if tensor.ndim}
+    if len(sizes) != 1 or not len(targets):
+        raise DepthMuPError(f"{source}: inputs and targets must have equally many samples, not {sorted(sizes)}")
+    return inputs, targets
+
+
+def examples(inputs: Any, count: int = EXAMPLES) -> Any:
+    """The first samples."""
+    return take(inputs, slice(count))
+
+
+def batches(inputs: Any, targets: Tensor, size: int, count: int) -> list[tuple[Any, Tensor]]:
+    """At most ``count`` batches of whole size, or the one that there is; drawn without replacement, always the same."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    parts = [part for part in order.split(size)[:count] if len(part) == min(size, len(targets))]
+    return [(take(inputs, part), targets[part]) for part in parts]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a report, and its folder where that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _resolve(source: str, what: str) -> Any:
+    module_name, colon, name = source.partition(":")
+    if module_name.endswith(".py") or os.sep in module_name:
+        stem = Path(module_name).stem
+        raise DepthMuPError(
+            f"{what} {source!r} is a file: write {stem}:{name or 'function'}, in the folder that holds {stem}.py"
+        )
+    if not (module_name and colon and name):
+        raise DepthMuPError(f"{what} must be written module:function, not {source!r}")
+    if os.getcwd() not in sys.path:  # an installed command does not look where it is run
+        sys.path.insert(0, os.getcwd())
+    module = _imported(module_name)
+    value = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            near = difflib.get_close_matches(part, [n for n in dir(value) if not n.startswith("_")], 1)
+            raise DepthMuPError(f"{module_name} has no {name!r}{f'. Is it {near[0]!r}?' if near else ''}")
+        value = getattr(value, part)
+    return value
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise DepthMuPError(
+                f"no module is called {name}, neither installed nor in this folder. Run the command where {name}.py is"
+            ) from error
+        raise DepthMuPError(f"{name} cannot be imported: {error}") from error
+    except Exception as error:
+        raise DepthMuPError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _digest(module_name: str) -> str:
+    """Of the module's text, so that a sweep does not take up runs of another version of it."""
+    file = getattr(sys.modules[module_name], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""

@@ -1,0 +1,70 @@
+"""A sweep in words and as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from statistics import fmean, stdev
+from typing import Any
+
+from torch_depthmup.diagnostics.extras import needs
+from torch_depthmup.diagnostics.optima import Sweep
+
+__all__ = ["reading", "table", "terminal"]
+
+
+def terminal() -> Any:
+    """A rich console as wide as the terminal, at most 100 columns."""
+    return needs("rich.console").Console(width=min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def table(sweep: Sweep) -> Any:
+    """A rich table: the best learning rate at each depth, its drift, and the deepest losses."""
+    deepest = sweep.depths[-1]
+    table = needs("rich.table").Table(box=needs("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.title = f"best learning rate at each depth L; loss at depth {deepest}"
+    headings = (*(f"L={depth}" for depth in sweep.depths), "moves by 2^", f"lr of L={sweep.depths[0]}", "best lr")
+    for heading in ("rule", *headings):
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+    for rule in sweep.rules:
+        optima = [sweep.optimum(rule, depth) for depth in sweep.depths]
+        at_best = sweep.losses(rule, deepest, optima[-1].lr) or [math.inf]
+        table.add_row(
+            rule,
+            *("none" if math.isnan(o.lr) else f"{o.lr:.2g}{'*' if o.at_edge else ''}" for o in optima),
+            str(sweep.drift(rule, deepest)),
+            _with_spread(sweep.transferred(rule, deepest)),
+            _with_spread(at_best),
+        )
+    if any(sweep.optimum(rule, depth).at_edge for rule in sweep.rules for depth in sweep.depths):
+        table.caption = "* at the edge of the grid: the optimum may lie beyond it"
+    return table
+
+
+def _with_spread(losses: list[float]) -> str:
+    spread = f"±{stdev(losses):.3f}" if len(losses) > 1 and max(losses) < math.inf else ""
+    return f"{fmean(losses):.3f}{spread}"
+
+
+def reading(sweep: Sweep) -> str:
+    """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
+    deepest, base = sweep.depths[-1], sweep.depths[0]
+    losses = {rule: sweep.transferred(rule, deepest) for rule in sweep.rules}
+    best = min(losses, key=lambda rule: fmean(losses[rule]))
+    if not math.isfinite(fmean(losses[best])):
+        return f"In this run no rule trains at depth {deepest} with the learning rate tuned at depth {base}."
+    alike = [rule for rule in sweep.rules if rule != best and _alike(losses[rule], losses[best])]
+    told = f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
+    return (
+        f"In this run the learning rate tuned at depth {base} gives the lowest mean loss at depth {deepest} under "
+        f"{best}{told}. ± over seeds: standard error (moves), deviation (loss)."
+    )
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    """Whether two means lie within two standard errors of their difference; with one seed nothing tells them apart."""
+    if not all(map(math.isfinite, (*a, *b))):
+        return False
+    if min(len(a), len(b)) < 2:
+        return True
+    return abs(fmean(a) - fmean(b)) < 2 * math.hypot(stdev(a) / len(a) ** 0.5, stdev(b) / len(b) ** 0.5)
