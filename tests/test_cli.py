@@ -61,7 +61,8 @@ def test_the_demo_prints_its_table_and_writes_figure_and_runs(tmp_path: Path) ->
 def test_runs_that_all_diverge_are_reported_and_written(tmp_path: Path) -> None:
     """Learning rates far too large: no best one anywhere, and the JSON is JSON."""
     code = (
-        "import sys; from torch_depthmup import cli, demo; demo.GRIDS['sgd'] = (30, 31);"
+        "import sys; from torch_depthmup import cli; from torch_depthmup.commands import demo;"
+        "demo.GRIDS['sgd'] = (30, 31);"
         "sys.exit(cli.main(['demo', '--optimizer', 'sgd', '--depths', '2', '3', '--steps', '30', '--seeds', '2',"
         " '--rules', 'mup', 'complete-p']))"
     )

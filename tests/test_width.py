@@ -54,6 +54,19 @@ def test_one_base_sets_both_depth_and_width() -> None:
     assert plan.multipliers("7.fc2.weight", "adamw").lr == pytest.approx(1 / 16)
 
 
+def test_layers_around_the_blocks_are_matched_in_order() -> None:
+    """In a Sequential the depth shifts the numbers behind the blocks: 0, 9 and 10 here are 0, 3 and 4 of the base."""
+
+    def normed(depth: int, width: int) -> nn.Sequential:
+        blocks = [PreNorm(width) for _ in range(depth)]
+        return nn.Sequential(nn.Linear(8, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 3))
+
+    plan = dm.parametrize(normed(8, 32), base=normed(2, 16), example_inputs=X)
+    assert {plan[f"{i}.weight"].width.base for i in (0, 9)} == {(16, None), (16,)}
+    assert plan["10.weight"].width.base == (None, 16) and plan["10.bias"].width.base == (None,)
+    assert plan["8.fc1.weight"].width.base == (32, 16)
+
+
 def test_base_shapes_that_are_there_are_kept() -> None:
     model = net(4, 48, mup.MuReadout)
     mup.set_base_shapes(model, net(4, 16, mup.MuReadout), delta=net(4, 32, mup.MuReadout))

@@ -35,3 +35,11 @@ class MeasurementError(DepthMuPError):
 
 class OptimizerError(DepthMuPError):
     """An optimizer cannot be given the plan's multipliers."""
+
+
+def ignores_depth(branches: int, one: int, other: int) -> str:
+    """What to say of a factory that builds equally many branches at two depths."""
+    return (
+        f"the factory gives {branches} residual branches at depth {one} and at depth {other}: it ignores depth. Let it "
+        "build as many blocks as its first argument says"
+    )

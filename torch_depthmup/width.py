@@ -127,8 +127,10 @@ class _Structure:
 
 
 def _counterpart(name: str, ours: _Structure, theirs: _Structure) -> tuple[str | None, bool]:
-    """The base's name for a parameter: number by number, the same one or the last with the same structure behind it.
+    """The base's name for a parameter: number by number, by what follows it.
 
+    Where as many numbers have the same structure behind them in both, they are matched in order (the layers around the
+    blocks of a ``Sequential``, whose numbers the depth shifts); else it is the same number, or the last that is alike.
     Also whether every number had the same structure behind it.
     """
     here = there = ""
@@ -136,14 +138,19 @@ def _counterpart(name: str, ours: _Structure, theirs: _Structure) -> tuple[str |
     for text, number in re.findall(r"(\D*)(\d*)", name):
         here, there = here + text, there + text
         if number:
-            wanted, offered = ours.after[here][int(number)], theirs.after.get(there, {})
-            same = [i for i, followers in offered.items() if followers == wanted]
+            mine, offered = ours.after[here], theirs.after.get(there, {})
+            wanted = mine[int(number)]
+            same = sorted(i for i, followers in offered.items() if followers == wanted)
+            alike_here = sorted(i for i, followers in mine.items() if followers == wanted)
             # A first block may have a shortcut more than the later ones.
             larger = [i for i, followers in offered.items() if followers > wanted]
             if not same and not larger:
                 return None, False
             alike = alike and bool(same)
-            here, there = here + number, there + (number if int(number) in same else str(max(same or larger)))
+            match = int(number) if int(number) in same else max(same or larger)
+            if len(same) == len(alike_here):
+                match = same[alike_here.index(int(number))]
+            here, there = here + number, there + str(match)
     return there, alike
 
 

@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
 def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     rows = [
         (
-            QUANTITIES[s.quantity], s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
-            f"{'' if exact(s.quantity, s.predicted) else '0 to '}{s.predicted:+.2f}", s.verdict,
+            QUANTITIES[s.quantity], s.verdict, s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
+            f"{'' if exact(s.quantity, s.predicted) else '0 to '}{s.predicted:+.2f}",
         )
         for s in check.slopes
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
             f"Verdict: {check.verdict}."
         ),
         html.listing(check.mistakes),
-        html.table(("quantity", "axis", "slope", "95 % interval", "rule", "verdict"), rows),
+        html.table(("quantity", "verdict", "axis", "slope", "95 % interval", "rule"), rows),
         html.figure(
             check.figure,
             "Above, sizes against depth: dots are seeds, the line their mean, the dashed line the rule's slope. Below, "

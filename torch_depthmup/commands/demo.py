@@ -97,9 +97,8 @@ def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
         }
         for rule in sweep.rules
     }
-    settings = {
-        key: value for key, value in options.items() if isinstance(value, int | str | list) and not key.startswith("command")
-    }
+    told = {key: value for key, value in options.items() if not key.startswith("command")}
+    settings = {key: value for key, value in told.items() if isinstance(value, int | str | list)}
     return {"settings": settings, "rules": _finite(rules), "runs": [json.loads(run.to_json()) for run in sweep.runs]}
 
 

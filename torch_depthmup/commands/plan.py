@@ -10,6 +10,7 @@ from torch_depthmup.commands import sources
 from torch_depthmup.diagnostics import html
 from torch_depthmup.diagnostics.feature_plots import initial_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.printing import branch_rows, parameter_rows
 from torch_depthmup.rules import RULES
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     for label, network in ((f"base, depth {options.base_depth}", base), (f"depth {options.depth} as built", model)):
         seen[label] = _recorded(network, inputs)
     plan = parametrize(model, base=base, example_inputs=inputs, rule=options.rule, how=options.how)
+    if options.depth != options.base_depth and all(stream.ratio == 1 for stream in plan.streams):
+        raise DepthMuPError(ignores_depth(len(plan.branches), options.base_depth, options.depth))
     seen[f"depth {options.depth}, {options.rule}"] = _recorded(model, inputs)
     print(plan)
     streams = [

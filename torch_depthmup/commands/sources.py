@@ -84,6 +84,7 @@ def _check_signature(source: str, function: Any, width: int | None) -> None:
     except (TypeError, ValueError):  # written in C: it will say itself
         return
     given = (1,) if width is None else (1, width)
+    words = "a depth" if width is None else "a depth and a width"
     try:
         signature.bind(*given)
     except TypeError as error:
@@ -96,7 +97,7 @@ def _check_signature(source: str, function: Any, width: int | None) -> None:
         )
         if width is not None and needed < 2:
             fix = "Leave the width out, or let it take one"
-        raise DepthMuPError(f"{source}{signature} cannot be called with {len(given)} arguments. {fix}") from error
+        raise DepthMuPError(f"{source}{signature} cannot be called with {words}. {fix}") from error
 
 
 def data(source: str) -> tuple[Any, Tensor]:

@@ -96,14 +96,16 @@ def run(options: argparse.Namespace) -> int:
 def _blocks(sweep: Sweep) -> list[str]:
     base = sweep.depths[0]
     header = (
-        "rule", "depth", "best lr", "fitted log2 lr", "moves by 2^", "edge", "best loss", f"lr of {base}", "regret"
+        "rule", "depth", "best lr", "fitted log2 lr", "moves by 2^", "edge", "best loss", f"with lr of {base}", "regret"
     )  # fmt: skip
     rows = [
         (
             row["rule"], f"{row['depth']}", f"{html.number(row['lr'])}{' *' if row['at_edge'] else ''}",
-            _estimate(row["log2_lr"], row["log2_lr_error"]), _estimate(row["drift"], row["drift_error"]),
+            _estimate(row["log2_lr"], row["log2_lr_error"]),
+            "base" if row["depth"] == base else _estimate(row["drift"], row["drift_error"]),
             "none" if math.isinf(row["edge"]) else html.number(row["edge"]), html.number(row["loss"]),
-            html.number(row["transferred_loss"]), _loss(row["regret"], row["regret_error"]),
+            html.number(row["transferred_loss"]),
+            "base" if row["depth"] == base else _loss(row["regret"], row["regret_error"]),
         )
         for row in sweep.summary()
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
 from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, take
 from torch_depthmup.diagnostics.writers import frame
-from torch_depthmup.errors import MeasurementError
+from torch_depthmup.errors import MeasurementError, ignores_depth
 from torch_depthmup.graph import call
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
@@ -254,10 +254,7 @@ def _check_depth(found: dict[int, int], depth: int, branches: int) -> None:
     found[depth] = branches
     for other, count in found.items():
         if other != depth and count == branches:
-            raise MeasurementError(
-                f"the factory gives {branches} residual branches at depth {other} and at depth {depth}: it ignores "
-                "depth. Let it build as many blocks as its first argument says"
-            )
+            raise MeasurementError(ignores_depth(branches, other, depth))
 
 
 def _train(

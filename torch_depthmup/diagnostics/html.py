@@ -23,6 +23,7 @@ from torch_depthmup.diagnostics.style import DARK
 
 __all__ = ["figure", "heading", "listing", "number", "page", "paragraph", "table"]
 
+LEAST = 0.75  # of its size: a figure on a narrower page scrolls
 VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open"}
 
 CSS = """
@@ -37,9 +38,9 @@ h1 { font-size: 1.4rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem; }
 p.quiet, figcaption, footer { color: var(--quiet); font-size: 0.875rem; }
 code, pre { font-family: ui-monospace, monospace; font-size: 0.875em; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
 figure { margin: 1rem 0; }
-figure img { display: block; height: auto; max-width: none; }
+figure img { display: block; height: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--box); font-weight: 600; }
@@ -123,7 +124,8 @@ def figure(draw: Callable[[], Any], caption: str) -> str:
     return (
         '<figure><div class="scroll" tabindex="0" role="region" aria-label="figure"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-        f'<img src="{_data(light)}" alt="{escape(caption)}"></picture></div>'
+        f'<img src="{_data(light)}" alt="{escape(caption)}" style="min-width:{LEAST * _width(light):.0f}px">'
+        "</picture></div>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -135,6 +137,13 @@ def _svg(draw: Callable[[], Any], settings: dict[str, Any]) -> str:
         buffer = io.StringIO()
         draw().savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"<!--.*?-->|\n\s*(?=<)", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def _width(svg: str) -> float:
+    """In CSS pixels; matplotlib writes points."""
+    found = re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)
+    assert found is not None
+    return float(found.group(1)) * 96 / 72
 
 
 def _data(svg: str) -> str:

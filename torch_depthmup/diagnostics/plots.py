@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Sweep
-from torch_depthmup.diagnostics.style import GRID, MUTED, categories, shades
+from torch_depthmup.diagnostics.style import GRID, MUTED, categories, plain_ticks, shades
 
 __all__ = ["drift_figure", "transfer_figure"]
 
@@ -102,6 +102,7 @@ def drift_figure(sweep: Sweep, *, title: str = "") -> Any:
     left.set_ylabel(f"optimal learning rate / that of depth {sweep.depths[0]}")
     if any(math.isfinite(row["loss"]) for row in rows):
         right.set_yscale("log")
+        plain_ticks(right)
     right.set_ylabel(f"loss: lr tuned at {sweep.depths[0]} (solid), best lr (dashed)")
     for axis in (left, right):
         _depth_axis(axis, sweep.depths)

@@ -67,10 +67,12 @@ def categories(names: Sequence[str]) -> dict[str, Any]:
 
 
 def plain_ticks(axis: Any) -> None:
-    """Numbers at a few places of the logarithmic y axis, also where it spans less than a decade."""
+    """Numbers at a few places of a logarithmic y axis whose limits are set, also where they are close."""
     ticker = needs("matplotlib.ticker")
-    axis.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=6))
-    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.1g}"))
+    low, high = axis.get_ylim()
+    places = (1.0, 2.0, 5.0) if high > 5 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axis.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=places, numticks=6))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
     axis.yaxis.set_minor_locator(ticker.NullLocator())
 
 

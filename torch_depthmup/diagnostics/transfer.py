@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Job, Run, Sweep
 from torch_depthmup.diagnostics.training import Training, take
-from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.errors import DepthMuPError, ignores_depth
+from torch_depthmup.graph import tensors_in
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.rules import get_rule
 
@@ -80,14 +81,17 @@ def transfer_sweep(
     jobs = _grid(depths, lrs, rules, seeds)
     if isinstance(train, tuple):
         train = Training(*train)
-    if isinstance(train, Training) and example_inputs is None:
-        example_inputs = take(train.inputs, torch.arange(min(EXAMPLES, len(train.targets))))
+    if isinstance(train, Training):
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_in((train.inputs, train.targets))):
+            raise DepthMuPError("the data hold values that are not finite: every run would diverge at its first step")
+        if example_inputs is None:
+            example_inputs = take(train.inputs, torch.arange(min(EXAMPLES, len(train.targets))))
     if example_inputs is None and any(get_rule(rule).scales_depth for rule in rules):
         raise DepthMuPError("branches are found by running the model once: pass example_inputs=")
     work = _Work(make_model, train, min(depths), example_inputs)
     fingerprint = work.fingerprint()
     done = _finished(path, jobs, fingerprint)
-    pending = [job for job in jobs if job not in done]
+    pending = _telling_first([job for job in jobs if job not in done])
     with _bar(len(jobs), len(done), progress) as advance, _appending(path, fingerprint) as append:
         for run in _run_all(work, pending, executor):
             done[run.job] = run
@@ -109,6 +113,13 @@ def _grid(depths: Sequence[int], lrs: Sequence[float], rules: Sequence[str], see
     # Deep runs first: the longest work last would leave the other workers idle.
     order = itertools.product(rules, sorted(set(depths), reverse=True), dict.fromkeys(lrs), dict.fromkeys(which))
     return [Job(rule, depth, float(lr), seed) for rule, depth, lr, seed in order]
+
+
+def _telling_first(jobs: list[Job]) -> list[Job]:
+    """One run of each rule before the others, depth-scaled ones first: a model that cannot be parametrized says so."""
+    firsts = list({job.rule: job for job in reversed(jobs)}.values())
+    firsts.sort(key=lambda job: not get_rule(job.rule).scales_depth)
+    return firsts + [job for job in jobs if job not in firsts]
 
 
 @dataclass(frozen=True)
@@ -151,10 +162,7 @@ class _Work:
                 model, base=self._made(self.base_depth), example_inputs=self.example_inputs, rule=job.rule
             )
             if job.depth != self.base_depth and all(stream.ratio == 1 for stream in plan.streams):
-                raise DepthMuPError(
-                    f"the factory gives {len(plan.branches)} residual branches at depth {self.base_depth} and at depth "
-                    f"{job.depth}: it ignores depth. Let it build as many blocks as its first argument says"
-                )
+                raise DepthMuPError(ignores_depth(len(plan.branches), self.base_depth, job.depth))
         else:
             parametrize(model, rule=job.rule)
         torch.random.set_rng_state(state)  # the same noise under every rule
@@ -254,7 +262,7 @@ def _finished(path: str | Path | None, jobs: Iterable[Job], fingerprint: str) ->
         return {}
     if lines[0] != _header(fingerprint):
         what = "runs of another model, training, data or base depth" if lines[0].startswith(HEADER) else "no sweep"
-        raise DepthMuPError(f"{path} holds {what}. Name another file")
+        raise DepthMuPError(f"{path} holds {what}. Name another file, or delete it")
     wanted, found = set(jobs), {}
     for number, line in enumerate(lines[1:], 2):
         try:
@@ -288,9 +296,12 @@ def _appending(path: str | Path | None, fingerprint: str) -> Iterator[Callable[[
             file.flush()
             os.fsync(file.fileno())
 
-        if not path.stat().st_size:
-            write(_header(fingerprint))
-        yield lambda run: write(run.to_json())
+        def append(run: Run) -> None:
+            if not path.stat().st_size:  # not before: a sweep that fails at once should not claim the file
+                write(_header(fingerprint))
+            write(run.to_json())
+
+        yield append
 
 
 @contextmanager
