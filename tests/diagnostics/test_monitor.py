@@ -14,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
@@ -440,14 +442,7 @@ def test_a_resumed_monitor_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
 
 
 def test_writers_get_every_row(tmp_path) -> None:
-    class Board:
-        def __init__(self) -> None:
-            self.scalars: dict[str, float] = {}
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            self.scalars[f"{tag}@{step}"] = value
-
-    model, x, seen, board = blocks.Stack(1, blocks.PreNorm), torch.randn(4, 8), [], Board()
+    model, x, seen, board = blocks.Stack(1, blocks.PreNorm), torch.randn(4, 8), [], SummaryWriter(tmp_path / "board")
     writers = [CSVWriter(tmp_path / "a.csv"), JSONLinesWriter(tmp_path / "a.jsonl"), TensorBoardWriter(board)]
     with FeatureMonitor(model, x, every=2, writers=[*writers, seen.append]) as monitor:
         train(model, x, 3, monitor)
@@ -459,7 +454,11 @@ def test_writers_get_every_row(tmp_path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["size"] for line in lines] == [row["size"] for row in monitor.rows]
     last = next(r for r in monitor.rows if r["step"] == 2 and r["layer"] == "blocks.0.fc1.weight")
-    assert board.scalars["own/blocks.0.fc1.weight@2"] == last["own"]
+    board.close()
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert "alignment/blocks.0.fc1.weight" in events.Tags()["scalars"]
+    (first, second) = events.Scalars("own/blocks.0.fc1.weight")
+    assert (first.step, second.step) == (0, 2) and second.value == pytest.approx(last["own"], rel=1e-6)
     frame = monitor.frame()
     assert tuple(frame.columns) == COLUMNS and len(frame) == len(monitor.rows)
     with FeatureMonitor(model, x, writers=[writers[0]]) as again:

@@ -284,7 +284,6 @@ def slow(model: nn.Module, lr: float, seed: int) -> float:
     return here(model, lr, seed)
 
 
-@pytest.mark.evidence
 def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     path = tmp_path / "runs.jsonl"

@@ -15,7 +15,7 @@ from torch_depthmup.commands.sweep import COMPARED
 from torch_depthmup.commands.sweep_text import reading, table, terminal
 from torch_depthmup.diagnostics.digits import DigitsResNet, digits
 from torch_depthmup.diagnostics.optima import Sweep
-from torch_depthmup.diagnostics.plots import transfer_figure
+from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
 from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
 from torch_depthmup.diagnostics.transfer import transfer_sweep
 from torch_depthmup.rules import RULES
@@ -25,7 +25,7 @@ __all__ = ["add_arguments", "run"]
 DESCRIPTION = """\
 Trains residual networks of two-layer blocks on scikit-learn's scanned digits at several depths, over a grid of learning
 rates, under several rules, and reports for each rule where the best learning rate is at each depth, by how many
-factors of two it moves, and what the learning rate tuned at the shallowest depth gives at the deepest. Writes a figure
+factors of two it moves, and what the learning rate tuned at the shallowest depth gives at the deepest. Writes two figures
 (PNG) and all runs (JSON). About two minutes on two cores; --quick under thirty seconds."""
 
 GRIDS = {"adam": (-12, -4), "adamw": (-12, -4), "sgd": (-9, 0)}
@@ -68,11 +68,12 @@ def run(options: argparse.Namespace) -> int:
     console.print(table(sweep))
     console.print(reading(sweep))
     what = f"digits, width {options.width}, {options.optimizer}, {steps} steps, {seeds} seeds"
-    transfer_figure(sweep, title=what).savefig(options.out / "transfer.png", dpi=130)
+    for name, figure in (("transfer", transfer_figure), ("drift", drift_figure)):
+        figure(sweep, title=what).savefig(options.out / f"{name}.png", dpi=130)
     (options.out / "transfer.json").write_text(json.dumps(_summary(sweep, vars(options)), indent=1, allow_nan=False))
     console.print(
         f"{len(sweep.runs)} runs in {seconds:.0f} s on {os.cpu_count()} cores; "
-        f"figure {options.out / 'transfer.png'}, runs {options.out / 'transfer.json'}"
+        f"figures {options.out / 'transfer.png'} and drift.png, runs transfer.json"
     )
     return 0
 
