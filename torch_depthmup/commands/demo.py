@@ -25,8 +25,8 @@ __all__ = ["add_arguments", "run"]
 DESCRIPTION = """\
 Trains residual networks of two-layer blocks on scikit-learn's scanned digits at several depths, over a grid of learning
 rates, under several rules, and reports for each rule where the best learning rate is at each depth, by how many
-factors of two it moves, and what the learning rate tuned at the shallowest depth gives at the deepest. Writes two figures
-(PNG) and all runs (JSON). About two minutes on two cores; --quick under thirty seconds."""
+factors of two it moves, and what the learning rate tuned at the shallowest depth gives at the deepest. Writes two
+figures (PNG) and all runs (JSON). About two minutes on two cores; --quick under thirty seconds."""
 
 GRIDS = {"adam": (-12, -4), "adamw": (-12, -4), "sgd": (-9, 0)}
 

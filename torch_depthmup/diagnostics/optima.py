@@ -14,16 +14,18 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["Estimate", "Job", "Optimum", "Run", "Sweep"]
 
-WINDOW = 2  # grid points on either side of the minimum that the parabola is fitted to
+BANDWIDTH = 3  # steps of the grid from the minimum at which a loss no longer counts for the parabola
 HUBER = 1.345  # residuals beyond so many standard deviations count linearly: 95 % efficient on normal ones
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-ROUNDS = 30  # reweightings of the robust fit; it settles in fewer
+ROUNDS = 60  # reweightings of the robust fit; it settles in fewer
+SETTLED = 1e-7  # factors of two
 
 
 @dataclass(frozen=True, order=True)
@@ -147,13 +149,14 @@ class Sweep:
         Raises:
             DepthMuPError: there is no such run.
         """
-        curves = self.curves(rule, depth)
-        middle = _middle(curves)
-        best = min(middle, key=middle.__getitem__)
-        if not math.isfinite(middle[best]):
-            return Optimum(math.nan, math.inf, Estimate(math.nan, math.nan), False)
-        at_edge = best in (min(middle), max(middle))
-        return Optimum(best, middle[best], _log2_optimum(curves), at_edge)
+        if (rule, depth) not in self._optima:
+            self._optima[rule, depth] = _optimum(self.curves(rule, depth))
+        return self._optima[rule, depth]
+
+    @cached_property
+    def _optima(self) -> dict[tuple[str, int], Optimum]:
+        """Those that were asked for: the fits are the only work here."""
+        return {}
 
     def drift(self, rule: str, depth: int) -> Estimate:
         """By how many factors of two the fitted optimum moves from the shallowest depth to this one.
@@ -240,46 +243,61 @@ def _without(curves: dict[int, Curve], seed: int) -> dict[int, Curve]:
 def _vertex(curves: dict[int, Curve]) -> float:
     """log2 of the learning rate with the lowest loss, off the grid; nan where the median run always diverged.
 
-    One parabola for all seeds in log2 lr, with an intercept for each seed, through the log losses near the minimum of
-    the median. Huber weights keep a run that went wrong from bending it.
+    One parabola in log2 lr for all seeds, with an intercept for each, through the log losses. A point's weight falls
+    smoothly with its distance from the vertex, which is found by iteration from the minimum of the median: with a
+    window of whole grid points the vertex, and so the jackknife, would jump. Huber weights keep a run that went wrong
+    from bending the parabola.
     """
     middle = _middle(curves)
-    lrs = list(middle)
-    i = min(range(len(lrs)), key=lambda j: middle[lrs[j]])
-    if not math.isfinite(middle[lrs[i]]):
+    best = min(middle, key=middle.__getitem__)
+    if not math.isfinite(middle[best]):
         return math.nan
-    best = math.log2(lrs[i])
-    window = lrs[max(0, i - WINDOW) : i + WINDOW + 1]
+    if len(middle) < 3:
+        return math.log2(best)
     points = [
-        (seed, math.log2(lr) - best, math.log(curve[lr]))
+        (seed, math.log2(lr), math.log(loss))
         for seed, curve in enumerate(curves.values())
-        for lr in window
-        if 0 < curve.get(lr, math.inf) < math.inf
+        for lr, loss in curve.items()
+        if 0 < loss < math.inf
     ]
-    slope, curvature = _robust_parabola(points) if len({x for _, x, _ in points}) > 2 else (0.0, 0.0)
-    if curvature <= 0:
-        return best
-    left, right = (math.log2(lrs[j]) - best for j in (max(0, i - 1), min(len(lrs) - 1, i + 1)))
-    return best + min(max(-slope / (2 * curvature), left), right)
-
-
-def _robust_parabola(points: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
-    """Slope and curvature at 0 of ``y = intercept(group) + slope x + curvature x^2``, by reweighted least squares."""
-    groups = sorted({group for group, _, _ in points})
-    design = torch.tensor(
-        [[*(float(group == g) for g in groups), x, x * x] for group, x, _ in points], dtype=torch.float64
-    )
-    y = torch.tensor([y for _, _, y in points], dtype=torch.float64)
-    weights = torch.ones_like(y)
+    seeds, x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
+    groups = (seeds[:, None] == torch.arange(len(curves))).double()
+    step, vertex, huber = _step(middle), math.log2(best), torch.ones_like(y)
     for _ in range(ROUNDS):
-        root = weights.sqrt()
-        fit = torch.linalg.lstsq(design * root[:, None], (y * root)[:, None], driver="gelsd").solution[:, 0]
-        residuals = (y - design @ fit).abs()
-        scale = MAD * residuals.median().item()
-        if scale < 1e-12:  # at least half of the points lie on it
-            break
-        weights = 1 / (residuals / (HUBER * scale)).clamp_min(1)
-    return fit[-2].item(), fit[-1].item()
+        near = (1 - ((x - vertex) / (BANDWIDTH * step)).abs().clamp_max(1) ** 3) ** 3  # the tricube kernel of lowess
+        slope, curvature, residuals = _parabola(groups, x - vertex, y, near * huber)
+        scale = MAD * _weighted_median(residuals, near)
+        if scale > 0:
+            huber = 1 / (residuals / (HUBER * scale)).clamp_min(1)
+        if curvature > 0:
+            moved = vertex + min(max(-slope / (2 * curvature), -step / 2), step / 2)
+            moved = min(max(moved, x.min().item()), x.max().item())
+            if abs(moved - vertex) < SETTLED:
+                break
+            vertex = moved
+    return vertex if curvature > 0 else math.log2(best)
+
+
+def _parabola(groups: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> tuple[float, float, Tensor]:
+    """Slope and curvature at 0 of ``y = intercept(group) + slope x + curvature x^2``, and the absolute residuals."""
+    design, root = torch.cat([groups, x[:, None], x[:, None] ** 2], 1), weights.sqrt()
+    fit = torch.linalg.lstsq(design * root[:, None], (y * root)[:, None], driver="gelsd").solution[:, 0]
+    return fit[-2].item(), fit[-1].item(), (y - design @ fit).abs()
+
+
+def _weighted_median(values: Tensor, weights: Tensor) -> float:
+    ordered, index = values.sort()
+    summed = weights[index].cumsum(0)
+    return ordered[torch.searchsorted(summed, summed[-1:] / 2)].item()
+
+
+def _optimum(curves: dict[int, Curve]) -> Optimum:
+    middle = _middle(curves)
+    best = min(middle, key=middle.__getitem__)
+    if not math.isfinite(middle[best]):
+        return Optimum(math.nan, math.inf, Estimate(math.nan, math.nan), False)
+    at_edge = best in (min(middle), max(middle))
+    return Optimum(best, middle[best], _log2_optimum(curves), at_edge)
 
 
 def _log2_optimum(curves: dict[int, Curve]) -> Estimate:
@@ -289,7 +307,7 @@ def _log2_optimum(curves: dict[int, Curve]) -> Estimate:
         parts = [_without(curves, seed) for seed in curves]
     else:
         ((seed, curve),) = curves.items()
-        near = [lr for lr in curve if len(curve) > 1 and abs(math.log2(lr) - value) < WINDOW * _step(curve)]
+        near = [lr for lr in curve if len(curve) > 1 and abs(math.log2(lr) - value) < BANDWIDTH * _step(curve)]
         parts = [{seed: {lr: loss for lr, loss in curve.items() if lr != left}} for left in near]
     return Estimate(value, math.hypot(_jackknife([_vertex(part) for part in parts]), _resolution(curves, value)))
 
