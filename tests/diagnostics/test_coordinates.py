@@ -25,7 +25,7 @@ DEPTHS = (4, 16, 64)
 def check(rule: str = "depth-mup", optimizer: str | Callable = "adam", **options) -> CoordinateCheck:
     given = {"depths": DEPTHS, "base_depth": 1, "steps": 2, "seeds": 2} | options
     lr = SMALL[optimizer] if isinstance(optimizer, str) else 1.0
-    return coordinate_check(Canonical, samples(), rule=rule, optimizer=optimizer, lr=lr, **given)
+    return coordinate_check(given.pop("make", Canonical), samples(), rule=rule, optimizer=optimizer, lr=lr, **given)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -148,7 +148,17 @@ def test_widths_are_checked_along_their_own_axis() -> None:
     result = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, seeds=3, steps=1)
     in_width = [slope for slope in result.slopes if slope.axis == "width"]
     assert {slope.quantity for slope in in_width} == {"inner", "outer", "stream", "function"}
-    assert set(result.frame.width) == {32, 64, 128}
+    points = set(result.frame[["total_depth", "width", "seed"]].itertuples(index=False, name=None))
+    assert points == {(d, w, s) for d in (2, 8) for w in (32, 64, 128) for s in range(3)}
+    assert set(result.sizes("inner")) == points
+    widths_apart = [
+        coordinate_check(lambda depth, w=w: Wide(depth, w), (x, y), depths=(2, 8), lr=1e-3, steps=1, rule="sp")
+        for w in (32, 64, 128)
+    ]
+    together = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, steps=1, rule="sp")
+    for slope in together.slopes:  # "sp" says nothing of widths: each is a line in depth of its own
+        alone = [s.measured for check in widths_apart for s in check.slopes if s.quantity == slope.quantity]
+        assert slope.axis == "depth" and slope.measured == pytest.approx(np.mean(alone))
     by_name = {slope.quantity: slope.measured for slope in in_width}
     assert abs(by_name["inner"]) < 0.25 and abs(by_name["outer"]) < 0.25
     # Under "sp" the same model's own updates grow with width: Adam's entries do not shrink.
@@ -362,6 +372,23 @@ def test_the_coordinate_figure_draws_the_rules_slope_through_the_data() -> None:
         x, y = (np.log(np.asarray(values, float)) for values in guide.get_data())
         assert np.polyfit(x, y, 1)[0] == pytest.approx(slope.predicted, abs=1e-9)
     assert len(figure.subfigs[1].axes) == 3
+
+
+def test_the_coordinate_figure_of_a_grid_has_a_row_for_widths() -> None:
+    def make(depth: int, width: int) -> nn.Module:
+        return Canonical(depth, width)
+
+    result = check(depths=(2, 4), widths=(16, 32, 64), steps=1, make=make)
+    depth, width, profiles = coordinate_figure(result).subfigs
+    assert [len(part.axes) for part in (depth, width, profiles)] == [5, 4, 3]
+    for axis in width.axes:
+        assert axis.get_xlabel() == "width" and [tick.get_text() for tick in axis.get_xticklabels()] == [
+            "16",
+            "32",
+            "64",
+        ]
+    told = [[text.get_text() for text in part.legends[0].get_texts()] for part in (depth, profiles)]
+    assert told == [["16", "32", "64"], ["2", "4"]]
 
 
 def test_the_monitor_figure_draws_a_line_for_each_layer() -> None:

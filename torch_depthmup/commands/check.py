@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from torch_depthmup.commands import sources
 from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.coordinates import QUANTITIES, CoordinateCheck, coordinate_check, exact
+from torch_depthmup.diagnostics.coordinates import CoordinateCheck, coordinate_check
+from torch_depthmup.diagnostics.slopes import QUANTITIES
 from torch_depthmup.diagnostics.training import OPTIMIZERS
 from torch_depthmup.rules import RULES
 
@@ -62,29 +64,36 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     rows = [
         (
             QUANTITIES[s.quantity], s.verdict, s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
-            f"{'' if exact(s.quantity, s.predicted) else '0 to '}{s.predicted:+.2f}",
+            s.prediction,
         )
         for s in check.slopes
     ]  # fmt: skip
     measured = {s.quantity for s in check.slopes}
     sizes = {quantity: check.sizes(quantity) for quantity in QUANTITIES if quantity in measured}
-    points = sorted({point for found in sizes.values() for point in found})
+    points = sorted({point for found in sizes.values() for point in found}, key=lambda point: (point[0], point[1] or 0))
+    grid = f"depths {_listed(options.depths)}{f', widths {_listed(options.widths)}' if options.widths else ''}"
     return [
         html.paragraph(
             f"Rule {check.rule.name} with {options.optimizer} at learning rate {options.lr:g}, {options.steps} steps, "
-            f"{options.seeds} seeds, depths {', '.join(map(str, sorted(set(options.depths))))}. "
-            f"Verdict: {check.verdict}."
+            f"{options.seeds} seeds, {grid}. Verdict: {check.verdict}."
         ),
         html.listing(check.mistakes),
         html.table(("quantity", "verdict", "axis", "slope", "95 % interval", "rule"), rows),
         html.figure(
             check.figure,
-            "Above, sizes against depth: dots are seeds, the line their mean, the dashed line the rule's slope. Below, "
-            "the same along the network, depth as colour.",
+            f"Sizes against depth{' and width' if options.widths else ''}: marks are seeds, lines their means, dashed "
+            "lines the rule's slopes. Last row: along the network. Depth is colour.",
         ),
         html.heading("Sizes"),
         html.table(
-            ("depth", "seed", *(QUANTITIES[quantity] for quantity in sizes)),
-            [(f"{d}", f"{s}", *(html.number(found[d, s]) for found in sizes.values())) for d, s in points],
+            ("depth", "width", "seed", *(QUANTITIES[quantity] for quantity in sizes)),
+            [
+                (f"{d}", f"{w or options.width or '–'}", f"{s}", *(html.number(of[d, w, s]) for of in sizes.values()))
+                for d, w, s in points
+            ],
         ),
     ]
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(set(values))))
