@@ -36,6 +36,25 @@ def data():
 
 PAIR = data()
 
+class Block(nn.Module):  # its norms stand beside the branches
+    def __init__(self):
+        super().__init__()
+        self.before_attention, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.before_feed_forward, self.feed_forward = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+
+    def forward(self, x):
+        n = self.before_attention(x)
+        x = x + self.attention(n, n, n, need_weights=False)[0]
+        return x + self.feed_forward(self.before_feed_forward(x))
+
+class Transformer(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(*(Block() for _ in range(depth))), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(x.unflatten(1, (8, 8))).mean(1))
+
 def always_two(depth):
     return DigitsResNet(2, 16)
 
@@ -176,7 +195,9 @@ def test_branches_and_plan_print_what_the_library_says(here: Path, capsys, tmp_p
         cli.main(["branches", "user_net:make", "user_net:PAIR", "--depth", "4", "--out", str(tmp_path / "b.html")]) == 0
     )
     said = capsys.readouterr().out
-    assert "4 residual branches in 1 stream of depth 4" in said and "{1..4}.branch" in said and "3.weight" in said
+    assert "4 residual branches in 1 stream of depth 4" in said and "{1..4}.branch" in said
+    assert re.search(r"\{1\.\.4\}\.branch\.\{0\.\.1\}\.weight +inner\n", said)
+    assert re.search(r"\{1\.\.4\}\.branch\.3\.weight +outer +carrier\n", said)
     plan = ["plan", "user_net:make", "user_net:data", "--depth", "8", "--base-depth", "2", "--width", "32"]
     assert (
         cli.main([*plan, "--base-width", "16", "--rule", "complete-p", "--out", str(tmp_path / "new" / "p.html")]) == 0
@@ -184,6 +205,16 @@ def test_branches_and_plan_print_what_the_library_says(here: Path, capsys, tmp_p
     said = capsys.readouterr().out
     assert "rule complete-p" in said and "ratio 4, branch multiplier 0.25" in said
     assert "branch multiplier" in (tmp_path / "new" / "p.html").read_text()
+
+
+def test_branches_whose_norms_stand_beside_them_are_folded_into_few_lines(here: Path, capsys, tmp_path: Path) -> None:
+    out = str(tmp_path / "t.html")
+    assert cli.main(["branches", "user_net:Transformer", "user_net:data", "--depth", "6", "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert "12 residual branches in 1 stream of depth 12" in said
+    assert re.search(r"blocks\.\{0\.\.5\}\.before_feed_forward\.weight +inner\n", said)
+    assert re.search(r"blocks\.\{0\.\.5\}\.attention\.out_proj\.bias +outer +carrier\n", said)
+    assert len(said.splitlines()) < 24 and max(map(len, said.splitlines())) <= 100
 
 
 def test_the_check_exits_with_its_verdict(here: Path, capsys, tmp_path: Path) -> None:

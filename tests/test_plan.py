@@ -13,7 +13,7 @@ from torch import nn
 
 import torch_depthmup as dm
 from torch_depthmup.errors import PlanError
-from torch_depthmup.printing import fold_names
+from torch_depthmup.printing import columns, fold_names
 from torch_depthmup.rules import RULES
 
 
@@ -67,6 +67,13 @@ def test_explain_says_role_reason_and_numbers() -> None:
     assert "4.fc2.weight: outer" in text and "(4 of 8, base 2); it carries the branch" in text
     assert "forward multiplier of 0.5" in text and "adamw  lr x 0.25" in text
     assert len(text.splitlines()) <= 8
+
+
+@given(st.text("ab.", max_size=60), st.integers(0, 200))
+def test_columns_of_any_width_print_everything(name: str, width: int) -> None:
+    header, *rest = columns(("parameter", "what"), [(name, ("x" * width,))])
+    text = "".join(line.replace(" ", "") for line in rest[1:])
+    assert header.startswith("parameter") and text == (name or "(root)") + "x" * width
 
 
 def test_the_table_folds_repeated_blocks_into_100_columns() -> None:

@@ -12,9 +12,10 @@ from torch_depthmup.errors import DepthMuPError
 if TYPE_CHECKING:
     from torch_depthmup.plan import Plan
 
-__all__ = ["branch_rows", "columns", "fold_names", "parameter_rows", "table"]
+__all__ = ["Table", "branch_rows", "columns", "fold_names", "parameter_rows", "table"]
 
 COLUMNS = 100
+LEAST = 20  # columns that a name gets whatever stands beside it
 MANY = 4  # so many numbers behind one stem (block0, block1, ...) are a repetition, fewer (conv1, conv2) are names
 
 
@@ -61,7 +62,7 @@ def columns(header: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]]) 
     """Lines of aligned text, the name to the left."""
     cells = [tuple(header), *((name or "(root)", *values) for name, values in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * (len(header) - 1))
+    widths[0] = min(widths[0], max(LEAST, COLUMNS - sum(widths[1:]) - 2 * (len(header) - 1)))
     lines = []
     for row in cells:
         name = row[0]

@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from torch_depthmup.commands import sources
 from torch_depthmup.diagnostics import html
 from torch_depthmup.diagnostics.feature_plots import initial_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
-from torch_depthmup.printing import columns, fold_names
+from torch_depthmup.graph import normalise_name
+from torch_depthmup.printing import Table, columns, fold_names
 from torch_depthmup.tracing import Branch
 
 __all__ = ["add_arguments", "run"]
@@ -37,13 +39,14 @@ def run(options: argparse.Namespace) -> int:
     make = sources.factory(options.model, options.width)
     inputs = sources.examples(sources.data(options.data)[0])
     torch.manual_seed(0)
-    with FeatureMonitor(make(options.depth), inputs) as monitor:
+    model = make(options.depth)
+    with FeatureMonitor(model, inputs) as monitor:
         monitor.record(0)
-    header, rows = branch_table(monitor.branches)
     depths = {b.stream: b.depth for b in monitor.branches}
     summary = f"{len(monitor.branches)} residual branches in {len(depths)} stream{'s' if len(depths) > 1 else ''}"
     summary += f" of depth {', '.join(map(str, depths.values()))}"
-    print("\n".join([summary, "", *columns(header, rows)]))
+    branches, parameters = branch_rows(monitor.branches), parameter_rows(monitor.branches, model)
+    print("\n".join([summary, "", *columns(*branches), "", *columns(*parameters)]))
     blocks = [
         html.paragraph(f"{summary}, found on one forward pass of {sources.EXAMPLES} samples."),
         html.figure(
@@ -52,9 +55,13 @@ def run(options: argparse.Namespace) -> int:
             "each addition, and what each branch adds.",
         ),
         html.heading("Branches"),
-        html.table(header, [(name, *cells) for name, cells in rows]),
+        html.table(branches[0], [(name, *cells) for name, cells in branches[1]]),
+        html.heading("Their parameters"),
+        html.table(parameters[0], [(name, *cells) for name, cells in parameters[1]]),
         html.paragraph(
-            "Inner parameters come before a branch's last weight operation, outer ones belong to it.", quiet=True
+            "Inner parameters come before a branch's last weight operation, outer ones belong to it. A branch is "
+            "linear in its carrier, into which a multiplier can be folded.",
+            quiet=True,
         ),
     ]
     sources.write(options.out, html.page(f"Residual branches of {options.model}", blocks, command=options.command_line))
@@ -62,14 +69,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def branch_table(branches: Sequence[Branch]) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
-    """Header and rows, repeated blocks folded; parameters by their names inside the branch's module."""
+def branch_rows(branches: Sequence[Branch]) -> Table:
+    """Streams, skips and levels of weight operations, repeated blocks folded."""
+    cells: dict[str, tuple[str, ...]] = {b.name: (f"{b.stream}", b.skip, f"{b.levels}") for b in branches}
+    return ("branch", "stream", "skip", "levels"), fold_names(cells)
+
+
+def parameter_rows(branches: Sequence[Branch], model: nn.Module) -> Table:
+    """The parameters in the branches and their sides, in the model's order, repeated blocks folded."""
+    sides = {name: "inner" for branch in branches for name in branch.inner}
+    sides |= {name: "outer" for branch in branches for name in branch.outer}
+    carriers = {name for branch in branches for name in branch.carrier}
+    order = [normalise_name(name) for name, _ in model.named_parameters()]
     cells: dict[str, tuple[str, ...]] = {
-        b.name: (f"{b.stream}", b.skip, f"{b.levels}", _short(b, b.inner), _short(b, b.outer)) for b in branches
+        name: (sides[name], "carrier" if name in carriers else "") for name in order if name in sides
     }
-    return ("branch", "stream", "skip", "levels", "inner", "outer"), fold_names(cells)
-
-
-def _short(branch: Branch, names: tuple[str, ...]) -> str:
-    prefix = f"{branch.name}."
-    return ", ".join(name.removeprefix(prefix) for name in names) or "-"
+    return ("parameter", "side", ""), fold_names(cells)
