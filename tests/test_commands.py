@@ -127,7 +127,7 @@ PLAN = ("plan", "--depth", "4", "--base-depth", "2")
         ("user_net:NUMBER", "user_net:data", "user_net:NUMBER is a int, not a function"),
         ("user_net:needs_width", "user_net:data", r"needs_width\(depth, width\) cannot be called .* Give --width"),
         ("user_net:without_arguments", "user_net:data", "cannot be called with a depth. It must take a depth"),
-        ("user_net:make", "user_net:only_inputs", r"gives Tensor, not a pair \(inputs, targets\)"),
+        ("user_net:make", "user_net:only_inputs", "must be a pair .inputs, targets. .* not a Tensor"),
         ("user_net:make", "user_net:of_two_lengths", r"equally many samples, not \[10, 256\]"),
         ("user_net:no_branches", "user_net:data", "no residual branch"),
         ("user_net:a_list", "user_net:data", "returned list, not an nn.Module"),

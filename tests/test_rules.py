@@ -77,6 +77,12 @@ def test_folding_follows_the_reparametrization() -> None:
         fold_multipliers(FAMILIES["adafactor"], 0.5)
 
 
+def test_the_label_of_a_rule_tells_it_from_every_other() -> None:
+    assert [rule.label for rule in RULES.values()] == list(RULES)
+    assert Rule("mine", alpha=0.75).label == "mine (alpha 0.75)"
+    assert Rule("depth-mup", alpha=1.0, adam=0.5, width=False).label == "depth-mup (alpha 1, adam 0.5, no width)"
+
+
 def test_slopes_are_those_of_the_theory() -> None:
     for family in (SGD, ADAM):
         assert predicted_slopes(RULES["depth-mup-uncorrected"], family) == {

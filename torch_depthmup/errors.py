@@ -37,6 +37,14 @@ class OptimizerError(DepthMuPError):
     """An optimizer cannot be given the plan's multipliers."""
 
 
+def ignores_width(one: int, other: int) -> str:
+    """What to say of a factory whose parameters have the same shapes at two widths."""
+    return (
+        f"the factory gives parameters of the same shapes at width {one} and at width {other}: it ignores width. Let "
+        "its second argument set the size of the layers, or leave widths out"
+    )
+
+
 def ignores_depth(branches: int, one: int, other: int) -> str:
     """What to say of a factory that builds equally many branches at two depths."""
     return (

@@ -82,6 +82,18 @@ class Rule:
             )
 
     @property
+    def label(self) -> str:
+        """The name, and the exponents of a rule that is not known by it: ``mine (alpha 0.75, correction 0.25)``."""
+        if RULES.get(self.name) == self:
+            return self.name
+        plain = Rule(self.name, self.alpha)
+        told = [f"alpha {self.alpha:g}"]
+        for field in ("correction", "sgd", "adam"):
+            if getattr(self, field) != getattr(plain, field):
+                told.append(f"{field} {getattr(self, field):g}")
+        return f"{self.name} ({', '.join(told)}{'' if self.width else ', no width'})"
+
+    @property
     def scales_depth(self) -> bool:
         """Whether any multiplier of the rule depends on depth."""
         return any((self.alpha, self.correction, self.sgd, self.adam))

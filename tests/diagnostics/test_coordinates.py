@@ -228,7 +228,20 @@ def test_bad_input_is_one_clear_line() -> None:
                 Canonical, (data[0] * math.inf, data[1]), depths=(2, 4), prepare=lambda model, base: None
             ),
         ),
-        ("data must be (inputs, targets)", lambda: coordinate_check(Canonical, data[0], depths=(2, 4))),
+        ("data must be a pair (inputs, targets)", lambda: coordinate_check(Canonical, data[0], depths=(2, 4))),
+        ("the list is empty", lambda: coordinate_check(Canonical, [], depths=(2, 4))),
+        (
+            "equally many samples, not [4, 8]",
+            lambda: coordinate_check(Canonical, (data[0], data[1][:4]), depths=(2, 4)),
+        ),
+        ("depths must be positive integers", lambda: check(depths=(2.0, 4))),
+        ("seeds must be how many or which", lambda: check(seeds=0)),
+        ("steps must be positive integers", lambda: check(steps=0)),
+        ("widths must be positive integers", lambda: check(widths=(0, 4))),
+        (
+            "same shapes at width 8 and at width 16: it ignores width",
+            lambda: check(make=lambda depth, width: Canonical(depth), widths=(8, 16)),
+        ),
         ("returned int at depth 2", lambda: coordinate_check(lambda depth: depth, data, depths=(2, 4))),
         (
             "no residual branches",

@@ -15,6 +15,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import distributed
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -189,8 +191,14 @@ def test_diverged_runs_are_data() -> None:
     [
         ({"depths": []}, "at least one"),
         ({"depths": [0]}, "positive integers"),
-        ({"lrs": [-1.0]}, "must be positive"),
-        ({"lrs": [math.nan]}, "must be positive"),
+        ({"lrs": [-1.0]}, "lrs must hold positive numbers"),
+        ({"lrs": [math.nan]}, "positive numbers"),
+        ({"lrs": ["fast"]}, "positive numbers"),
+        ({"lrs": []}, "at least one"),
+        ({"depths": 4}, "depths must be a list"),
+        ({"train": (X, X, X)}, "data must be a pair .inputs, targets. with a tensor of targets, not a tuple of 3"),
+        ({"train": (X, torch.zeros(3, 10))}, r"equally many samples, not \[3, 4\]"),
+        ({"train": 3}, "train must be data, or a function"),
         ({"rules": ["deep"]}, "no rule is called"),
         ({"seeds": 0}, "at least one"),
         ({"example_inputs": None}, "example_inputs"),
@@ -198,7 +206,39 @@ def test_diverged_runs_are_data() -> None:
 )
 def test_bad_grids_are_refused(change, message: str) -> None:
     with pytest.raises(dm.DepthMuPError, match=message):
-        transfer_sweep(small, here, **{**GRID, "example_inputs": X, "executor": ThreadPoolExecutor(1), **change})
+        options = {**GRID, "train": here, "example_inputs": X, "executor": ThreadPoolExecutor(1), **change}
+        transfer_sweep(small, **options)
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "lion"}, {"steps": 0}, {"batch_size": 2.5}])
+def test_a_training_that_cannot_be_is_refused(change) -> None:
+    with pytest.raises(dm.DepthMuPError, match=f"{next(iter(change))}.*not"):
+        Training(X, X, **change)
+
+
+def test_numbers_may_come_from_numpy() -> None:
+    options = {**GRID, "lrs": np.array([0.01, 0.001], dtype=np.float32), "depths": 2 ** np.arange(1, 3)}
+    sweep = transfer_sweep(small, here, **options, example_inputs=X, executor=ThreadPoolExecutor(1))
+    assert sweep.depths == [2, 4] and all(type(run.job.depth) is int for run in sweep.runs)
+
+
+def test_rules_of_ones_own_are_told_by_their_exponents(tmp_path: Path) -> None:
+    """Not by their names alone: a file holds two rules of one name, and gives back the runs of the right one."""
+    options = {**GRID, "train": training(), "example_inputs": X, "executor": ThreadPoolExecutor(1)}
+    path = tmp_path / "runs.jsonl"
+    one, other = dm.Rule("mine", alpha=0.75), dm.Rule("mine", alpha=0.25, correction=0.5)
+    first = transfer_sweep(small, **{**options, "rules": [one, "mup"]}, path=path)
+    assert first.rules == ["mine (alpha 0.75)", "mup"]
+    second = transfer_sweep(small, **{**options, "rules": other}, path=path)
+    assert second.rules == ["mine (alpha 0.25, correction 0.5)"]
+    for rule, sweep in ((one, first), (other, second)):
+        run = next(run for run in sweep.runs if run.job.depth == 4 and run.job.rule == rule.label)
+        torch.manual_seed(run.job.seed)
+        model = small(4)
+        dm.parametrize(model, base_depth=2, example_inputs=X, rule=rule)
+        assert training()(model, run.job.lr, run.job.seed) == run.loss
+    again = transfer_sweep(small, **{**options, "rules": [one, other, "mup"]}, path=path)
+    assert again.runs[:8] == first.runs[:8] and path.read_text().count("\n") == 25
 
 
 def plain(depth: int) -> nn.Module:
@@ -285,7 +325,6 @@ def slow(model: nn.Module, lr: float, seed: int) -> float:
 
 
 def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed")
     path = tmp_path / "runs.jsonl"
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,

@@ -70,7 +70,7 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     measured = {s.quantity for s in check.slopes}
     sizes = {quantity: check.sizes(quantity) for quantity in QUANTITIES if quantity in measured}
-    points = sorted({point for found in sizes.values() for point in found}, key=lambda point: (point[0], point[1] or 0))
+    points = sorted(next(iter(sizes.values())), key=lambda point: (point[0], point[1] or 0, point[2]))
     grid = f"depths {_listed(options.depths)}{f', widths {_listed(options.widths)}' if options.widths else ''}"
     return [
         html.paragraph(
@@ -86,11 +86,15 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
         ),
         html.heading("Sizes"),
         html.table(
-            ("depth", "width", "seed", *(QUANTITIES[quantity] for quantity in sizes)),
+            ("depth", "width", "seed", *sizes),
             [
                 (f"{d}", f"{w or options.width or '–'}", f"{s}", *(html.number(of[d, w, s]) for of in sizes.values()))
                 for d, w, s in points
             ],
+        ),
+        html.paragraph(
+            "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ".",
+            quiet=True,
         ),
     ]
 

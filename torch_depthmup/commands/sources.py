@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.arguments import checked_samples
 from torch_depthmup.diagnostics.training import take
 from torch_depthmup.errors import DepthMuPError
-from torch_depthmup.graph import tensors_in
 
 __all__ = ["EXAMPLES", "Factory", "add_sources", "batches", "data", "examples", "factory", "positive", "write"]
 
@@ -108,18 +108,7 @@ def data(source: str) -> tuple[Any, Tensor]:
     """
     found = _resolve(source, "the data")
     found = found() if callable(found) else found
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor) and found[1].ndim):
-        raise DepthMuPError(
-            f"{source} gives {type(found).__name__}, not a pair (inputs, targets) with a tensor of targets"
-        )
-    inputs, targets = found
-    tensors = list(tensors_in(inputs))
-    if not tensors:
-        raise DepthMuPError(f"{source}: the inputs hold no tensor. Inputs are a tensor, or a dict or tuple of tensors")
-    sizes = {len(tensor) for tensor in (*tensors, targets) if tensor.ndim}
-    if len(sizes) != 1 or not len(targets):
-        raise DepthMuPError(f"{source}: inputs and targets must have equally many samples, not {sorted(sizes)}")
-    return inputs, targets
+    return checked_samples(found, source)
 
 
 def examples(inputs: Any, count: int = EXAMPLES) -> Any:

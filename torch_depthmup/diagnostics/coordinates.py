@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from torch_depthmup import rules
 from torch_depthmup.diagnostics import mistakes
+from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, seeds_of
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
 from torch_depthmup.diagnostics.slopes import AXES, QUANTITIES, Point, Slope, Verdict, fit, slope
 from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, take
 from torch_depthmup.diagnostics.writers import frame
-from torch_depthmup.errors import MeasurementError, ignores_depth
+from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth, ignores_width
 from torch_depthmup.graph import call
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
@@ -128,14 +129,15 @@ def coordinate_check(
         The slopes, verdicts and mistakes.
 
     Raises:
-        MeasurementError: fewer than two depths, a factory that ignores depth, or values that are not finite.
-        DepthMuPError: as raised by `parametrize` and `FeatureMonitor`.
+        MeasurementError: a factory that ignores depth or width, or values that are not finite.
+        DepthMuPError: fewer than two depths or other wrong arguments, and as raised by `parametrize`.
 
     Source: the coordinate check of arXiv 2203.03466, appendix D.1, in depth; exponents from `rules.predicted_slopes`.
     """
     rule, kind = get_rule(rule), _family(optimizer, family)
     batches = _batches(data)
     grid = _grid(depths, widths, seeds, steps)
+    _check_width(make_model, grid)
     base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
     make_optimizer = optimizer if callable(optimizer) else _named(optimizer, lr)
     rows: list[dict[str, Any]] = []
@@ -181,25 +183,16 @@ def _named(optimizer: str, lr: float) -> Callable[[nn.Module], torch.optim.Optim
 
 def _batches(data: Any) -> list[tuple[Any, Tensor]]:
     pairs = data if isinstance(data, list) else [data]
-    for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)):
-            raise MeasurementError("data must be (inputs, targets) with a tensor of targets, or a list of such batches")
-    return pairs
+    if not pairs:
+        raise DepthMuPError("data must be (inputs, targets), or a list of such batches: the list is empty")
+    return [checked_samples(pair) for pair in pairs]
 
 
 def _grid(depths: Sequence[int], widths: Sequence[int] | None, seeds: int | Sequence[int], steps: int) -> list[Point]:
     """Every depth at every width with every seed, the smallest first."""
-    if len(set(depths)) < 2 or min(depths) < 1:
-        raise MeasurementError(f"depths must hold at least two different positive values, not {list(depths)}")
-    if widths is not None and (not widths or min(widths) < 1):
-        raise MeasurementError(f"widths must hold positive values, or be None, not {list(widths)}")
-    if steps < 1:
-        raise MeasurementError(f"steps must be at least 1, not {steps}")
-    chosen = range(seeds) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
-    if not len(chosen):
-        raise MeasurementError("seeds must name at least one seed")
-    narrow_first: list[int | None] = [None] if widths is None else list(sorted(set(widths)))
-    points = itertools.product(chosen, sorted(set(depths)), narrow_first)
+    (steps,) = positive_integers("steps", [steps])
+    narrow_first: list[int | None] = [None] if widths is None else [*positive_integers("widths", widths)]
+    points = itertools.product(seeds_of(seeds), positive_integers("depths", depths, 2), narrow_first)
     return [(depth, width, seed) for seed, depth, width in points]
 
 
@@ -216,6 +209,15 @@ def _check_depth(found: dict[int, int], depth: int, branches: int) -> None:
     for other, count in found.items():
         if other != depth and count == branches:
             raise MeasurementError(ignores_depth(branches, other, depth))
+
+
+def _check_width(make_model: Callable[..., nn.Module], grid: list[Point]) -> None:
+    shallow, narrow, wider = grid[0][0], grid[0][1], grid[1][1]
+    if narrow is None or wider is None or narrow == wider:
+        return
+    models = [_made(make_model, shallow, width, seed=0) for width in (narrow, wider)]
+    if len({tuple(parameter.shape for parameter in model.parameters()) for model in models}) == 1:
+        raise MeasurementError(ignores_width(narrow, wider))
 
 
 def _train(

@@ -184,6 +184,8 @@ def _at(rows: Iterable[Row], step: int) -> list[Row]:
 
 
 def _base_rows(base: Any, step: int) -> list[Row]:
+    if not (hasattr(base, "rows") or hasattr(base, "to_dict")):
+        raise MeasurementError(f"base must be a FeatureMonitor or its data frame, not {type(base).__name__}")
     rows: list[Row] = base.rows if hasattr(base, "rows") else base.to_dict("records")
     if not rows:
         raise MeasurementError("base has no records. Record at the same steps in the base run")

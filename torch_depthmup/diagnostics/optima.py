@@ -30,7 +30,7 @@ SETTLED = 1e-7  # factors of two
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One run to do: a rule by name, a depth in residual additions, the base's learning rate, a seed."""
+    """One run to do: a rule by its label, a depth as the factory takes it, the base's learning rate, a seed."""
 
     rule: str
     depth: int

@@ -44,6 +44,8 @@ def transfer_figure(sweep: Sweep, *, title: str = "") -> Any:
         axis.set(yscale="log" if trained else "linear", title=rule, xlabel=f"learning rate at depth {depths[0]}")
         axis.set_xscale("log", base=2)
         axis.grid(**GRID)
+    if trained:
+        plain_ticks(axes[0])  # the panels share it
     axes[0].set_ylabel("loss after training")
     axes[-1].legend(title="depth", frameon=False, fontsize="small")
     if title:

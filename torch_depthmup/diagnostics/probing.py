@@ -167,6 +167,8 @@ def _copied_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _check_devices(model: nn.Module, inputs: Any) -> None:
+    if any(tensor.ndim and not len(tensor) for tensor in tensors_in(inputs)):
+        raise MeasurementError("the probe holds no samples. A few will do")
     devices = {p.device for p in model.parameters()}
     if any(device.type == "meta" for device in devices):
         raise MeasurementError("the model is on the meta device and has no values to watch. Materialise it first")

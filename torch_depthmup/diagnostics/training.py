@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers
 from torch_depthmup.diagnostics.probing import main_output
+from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.graph import call
 from torch_depthmup.optim import SGD, Adam, AdamW
 
@@ -35,6 +37,9 @@ class Training:
 
     Calling it with (model, lr, seed) trains a parametrized model and returns its mean loss over all the data in
     evaluation mode, infinite where it diverged.
+
+    Raises:
+        DepthMuPError: inputs and targets are not of equally many samples, or an option is not known or not positive.
     """
 
     inputs: Any
@@ -43,6 +48,12 @@ class Training:
     steps: int = 60
     batch_size: int = 128
     loss: Callable[[Any, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        checked_samples((self.inputs, self.targets))
+        positive_integers("steps and batch_size", [self.steps, self.batch_size])
+        if self.optimizer not in OPTIMIZERS:
+            raise DepthMuPError(f"optimizer={self.optimizer!r} is not known. Write one of {', '.join(OPTIMIZERS)}")
 
     def __call__(self, model: nn.Module, lr: float, seed: int) -> float:
         options = {"momentum": 0.9} if self.optimizer == "sgd" else {}

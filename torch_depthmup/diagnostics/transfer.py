@@ -15,7 +15,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Job, Run, Sweep
 from torch_depthmup.diagnostics.training import Training, take
 from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.graph import tensors_in
 from torch_depthmup.parametrize import parametrize
-from torch_depthmup.rules import get_rule
+from torch_depthmup.rules import Rule, get_rule
 
 __all__ = ["transfer_sweep"]
 
@@ -45,7 +46,7 @@ def transfer_sweep(
     *,
     depths: Sequence[int],
     lrs: Sequence[float],
-    rules: Sequence[str] = ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p"),
+    rules: Sequence[str | Rule] | str | Rule = ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p"),
     seeds: int | Sequence[int] = 3,
     example_inputs: Any = None,
     executor: Executor | None = None,
@@ -61,7 +62,7 @@ def transfer_sweep(
             default pool, with every run in other executors. Let ``train`` load data that are large.
         depths: what ``make_model`` takes, ascending or not; at least one.
         lrs: learning rates of the base.
-        rules: rules by name.
+        rules: names or `Rule` objects; in the results, and in the file, a rule is its `Rule.label`.
         seeds: how many, or which.
         example_inputs: for `parametrize`; by default the first samples of the data, where ``train`` is data.
         executor: any ``concurrent.futures.Executor``, the caller's to shut down; ``None`` makes a process for each
@@ -78,20 +79,23 @@ def transfer_sweep(
         DepthMuPError: the grid is empty or wrong, the file is of another sweep, or a model cannot be parametrized; the
             message names the run.
     """
-    jobs = _grid(depths, lrs, rules, seeds)
+    named = {rule.label: rule for rule in map(get_rule, [rules] if isinstance(rules, str | Rule) else rules)}
+    jobs = _grid(depths, lrs, list(named), seeds)
     if isinstance(train, tuple):
-        train = Training(*train)
+        train = Training(*checked_samples(train))
+    if not callable(train):
+        raise DepthMuPError(f"train must be data, or a function (model, lr, seed) -> loss, not {type(train).__name__}")
     if isinstance(train, Training):
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_in((train.inputs, train.targets))):
             raise DepthMuPError("the data hold values that are not finite: every run would diverge at its first step")
         if example_inputs is None:
             example_inputs = take(train.inputs, torch.arange(min(EXAMPLES, len(train.targets))))
-    if example_inputs is None and any(get_rule(rule).scales_depth for rule in rules):
+    if example_inputs is None and any(rule.scales_depth for rule in named.values()):
         raise DepthMuPError("branches are found by running the model once: pass example_inputs=")
-    work = _Work(make_model, train, min(depths), example_inputs)
+    work = _Work(make_model, train, min(depths), example_inputs, named)
     fingerprint = work.fingerprint()
     done = _finished(path, jobs, fingerprint)
-    pending = _telling_first([job for job in jobs if job not in done])
+    pending = _telling_first([job for job in jobs if job not in done], named)
     with _bar(len(jobs), len(done), progress) as advance, _appending(path, fingerprint) as append:
         for run in _run_all(work, pending, executor):
             done[run.job] = run
@@ -101,24 +105,18 @@ def transfer_sweep(
 
 
 def _grid(depths: Sequence[int], lrs: Sequence[float], rules: Sequence[str], seeds: int | Sequence[int]) -> list[Job]:
-    which = range(seeds) if isinstance(seeds, int) else seeds
-    if not (depths and lrs and rules and which):
-        raise DepthMuPError("a sweep needs at least one depth, learning rate, rule and seed")
-    if any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
-        raise DepthMuPError(f"depths must be positive integers, not {list(depths)}")
-    if not all(math.isfinite(lr) and lr > 0 for lr in lrs):
-        raise DepthMuPError(f"learning rates must be positive, not {list(lrs)}")
-    for rule in rules:
-        get_rule(rule)
+    if not rules:
+        raise DepthMuPError("a sweep needs at least one rule")
     # Deep runs first: the longest work last would leave the other workers idle.
-    order = itertools.product(rules, sorted(set(depths), reverse=True), dict.fromkeys(lrs), dict.fromkeys(which))
-    return [Job(rule, depth, float(lr), seed) for rule, depth, lr, seed in order]
+    deep_first = reversed(positive_integers("depths", depths))
+    order = itertools.product(rules, deep_first, positive_numbers("lrs", lrs), seeds_of(seeds))
+    return [Job(rule, depth, lr, seed) for rule, depth, lr, seed in order]
 
 
-def _telling_first(jobs: list[Job]) -> list[Job]:
+def _telling_first(jobs: list[Job], rules: Mapping[str, Rule]) -> list[Job]:
     """One run of each rule before the others, depth-scaled ones first: a model that cannot be parametrized says so."""
     firsts = list({job.rule: job for job in reversed(jobs)}.values())
-    firsts.sort(key=lambda job: not get_rule(job.rule).scales_depth)
+    firsts.sort(key=lambda job: not rules[job.rule].scales_depth)
     return firsts + [job for job in jobs if job not in firsts]
 
 
@@ -130,12 +128,13 @@ class _Work:
     train: Callable[[nn.Module, float, int], float]
     base_depth: int
     example_inputs: Any
+    rules: Mapping[str, Rule]
 
     def fingerprint(self) -> str:
-        """What is trained, as a short text: functions by name, everything else by value."""
+        """What is trained but for rules, as a short text: functions by name, everything else by value."""
         content = io.BytesIO()
         try:
-            _ByValue(content).dump(self)
+            _ByValue(content).dump((self.make_model, self.train, self.base_depth, self.example_inputs))
         except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, say, which only threads can run
             names = [getattr(f, "__qualname__", type(f).__name__) for f in (self.make_model, self.train)]
             content = io.BytesIO(repr((names, self.base_depth)).encode())
@@ -157,14 +156,13 @@ class _Work:
     def _parametrized(self, job: Job) -> nn.Module:
         model = self._made(job.depth)
         state = torch.random.get_rng_state()
-        if get_rule(job.rule).scales_depth:
-            plan = parametrize(
-                model, base=self._made(self.base_depth), example_inputs=self.example_inputs, rule=job.rule
-            )
+        rule = self.rules[job.rule]
+        if rule.scales_depth:
+            plan = parametrize(model, base=self._made(self.base_depth), example_inputs=self.example_inputs, rule=rule)
             if job.depth != self.base_depth and all(stream.ratio == 1 for stream in plan.streams):
                 raise DepthMuPError(ignores_depth(len(plan.branches), self.base_depth, job.depth))
         else:
-            parametrize(model, rule=job.rule)
+            parametrize(model, rule=rule)
         torch.random.set_rng_state(state)  # the same noise under every rule
         return model
 
