@@ -9,6 +9,7 @@ import pytest
 import torch
 from blocks import PreNorm, Stack
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,3 +58,31 @@ def test_a_sharded_model_is_refused_and_a_replicated_one_is_not(group: None) -> 
     with pytest.raises(dm.DepthMuPError, match="is sharded. Call parametrize on the whole model first"):
         dm.parametrize(fully_shard(Stack(4, PreNorm)), base_depth=2, example_inputs=X)
     assert dm.parametrize(DistributedDataParallel(Stack(4, PreNorm)), base_depth=2, example_inputs=X).branches
+
+
+def test_a_replicated_model_is_watched_as_the_module_inside(group: None) -> None:
+    rows = []
+    for wrap in (lambda model: model, DistributedDataParallel):
+        model = wrap(scaled())
+        with dm.diagnostics.FeatureMonitor(model, X) as monitor:
+            train(model, dm.AdamW(model.parameters(), lr=0.01))
+            monitor.record(3)
+        rows.append(repr(monitor.rows))
+    assert rows[0] == rows[1]
+
+
+def test_a_sharded_model_is_not_watched_and_a_twin_that_loads_its_state_is(group: None) -> None:
+    model = fully_shard(scaled())
+    for look in (dm.find_branches, dm.diagnostics.FeatureMonitor):
+        with pytest.raises(dm.DepthMuPError, match="stem.weight is sharded.*a twin on one process"):
+            look(model, X)
+    twin, plain = scaled(), scaled()
+    watching, direct = dm.diagnostics.FeatureMonitor(twin, X), dm.diagnostics.FeatureMonitor(plain, X)
+    train(model, dm.AdamW(model.parameters(), lr=0.01))
+    train(plain, dm.AdamW(plain.parameters(), lr=0.01))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    twin.load_state_dict(whole)
+    watching.record(3)
+    direct.record(3)
+    own = [[row["own"] for row in monitor.rows if row["kind"] == "layer"] for monitor in (watching, direct)]
+    assert own[0] == pytest.approx(own[1], rel=1e-4) and min(own[0]) > 0

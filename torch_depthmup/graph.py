@@ -22,7 +22,18 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 
-__all__ = ["Addition", "Graph", "addition_operands", "call", "fresh", "normalise_name", "quiet", "record", "unwrap"]
+__all__ = [
+    "Addition",
+    "Graph",
+    "addition_operands",
+    "call",
+    "fresh",
+    "is_sharded",
+    "normalise_name",
+    "quiet",
+    "record",
+    "unwrap",
+]
 
 ADDITIONS = frozenset(
     f"{mark}{name}{mark}" if mark else name
@@ -111,6 +122,11 @@ def normalise_name(name: str) -> str:
 def _parametrized(match: re.Match[str]) -> str:
     dot = "." if match.group(0).startswith(".") else ""
     return f"{dot}{match.group(1)}" + (f".{match.group(2)}" if match.group(2) else "")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter's values are spread over processes (FSDP, tensor parallelism)."""
+    return type(parameter.data).__name__ in ("DTensor", "FlatParameter", "ShardedTensor")
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -279,8 +295,13 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
 
     Raises:
         TracingError: the forward pass fails, gives nothing differentiable, or hides its graph (gradient checkpointing
-            with re-entrant autograd).
+            with re-entrant autograd, sharded parameters).
     """
+    if name := next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None):
+        raise TracingError(
+            f"{name} is sharded, which hides where weights are used. Look at the whole model before it is sharded, or "
+            "at a twin on one process that loads the full state dict"
+        )
     recorder = _Recorder(model)
     with quiet(model):
         try:

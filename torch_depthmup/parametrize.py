@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_depthmup import width as widths
 from torch_depthmup.errors import PlanError
-from torch_depthmup.graph import unwrap
+from torch_depthmup.graph import is_sharded, unwrap
 from torch_depthmup.measuring import branch_values, check_branches, filled
 from torch_depthmup.modules import BranchMultiplier
 from torch_depthmup.plan import How, Plan, Stream, make_plan, match_streams, streams_at
@@ -115,7 +115,7 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PlanError(f"{name} is not initialized yet (a lazy module). Run the model once first")
-        if type(parameter.data).__name__ in ("DTensor", "FlatParameter", "ShardedTensor"):
+        if is_sharded(parameter):
             raise PlanError(f"{name} is sharded. Call parametrize on the whole model first and shard it after that")
         if parameter.is_meta:
             raise PlanError(

@@ -282,6 +282,29 @@ def test_what_goes_wrong_in_training_names_its_run() -> None:
         transfer_sweep(small, dying, **GRID, example_inputs=X)
 
 
+UNGUARDED = """
+from torch_depthmup.diagnostics import transfer_sweep
+from torch_depthmup.diagnostics.digits import DigitsResNet, digits
+
+def network(depth):
+    return DigitsResNet(depth, 8)
+
+transfer_sweep(network, digits(), depths=[2, 4], lrs=[0.01], seeds=1, progress=False)
+"""
+
+
+@pytest.mark.parametrize("how", ["a script without a guard", "standard input"])
+def test_workers_that_cannot_import_what_they_run_do_not_hang(tmp_path: Path, how: str) -> None:
+    """The data are larger than a pipe holds."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    command, given = [sys.executable, *([script] if "script" in how else ["-"])], "" if "script" in how else UNGUARDED
+    ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "a worker process ended before its run did" in ended.stderr.splitlines()[-1]
+    assert "if __name__ == '__main__'" in ended.stderr.splitlines()[-1]
+
+
 class Both(nn.Module):
     """Takes two inputs by keyword, and drops features while it trains."""
 

@@ -169,9 +169,10 @@ def monitor_figure(monitors: FeatureMonitor | Mapping[str, FeatureMonitor], quan
     size = (9.2, 2.7 * len(named) + 0.3)
     figure = needs("matplotlib.figure").Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(named), 3, squeeze=False, sharex=True, sharey="col")
+    words = "own update" if quantity == "own" else quantity.replace("_", " ")
     kinds = (
-        ("inner", quantity, f"inner layers: {quantity}"),
-        ("outer", quantity, f"outer layers: {quantity}"),
+        ("inner", quantity, f"inner layers: {words}"),
+        ("outer", quantity, f"outer layers: {words}"),
         ("stream", "update", "residual stream: update"),
     )
     for axes, (label, monitor) in zip(panels, named.items(), strict=True):

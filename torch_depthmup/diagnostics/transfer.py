@@ -13,6 +13,8 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -197,19 +199,24 @@ def _run_all(work: _Work, jobs: Sequence[Job], executor: Executor | None) -> Ite
             f"worker processes cannot import make_model or train ({error}). Define them as functions of a module, or "
             "pass executor=ThreadPoolExecutor(1)"
         ) from error
-    # Plain bytes: torch's own way of sending tensors would move the caller's into shared memory, which containers lack.
     context = multiprocessing.get_context("spawn")
     workers = min(os.cpu_count() or 1, len(jobs))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(content,))
-    try:
-        yield from _as_they_finish(pool, _in_worker, jobs)
-    except BrokenExecutor as error:
-        raise DepthMuPError(
-            "a worker process ended before its run did: it was killed, ran out of memory, or could not import the "
-            "script that started it (a script needs if __name__ == '__main__':). Finished runs are in path="
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # Plain bytes: torch's own way of sending tensors would move the caller's into shared memory, which containers
+        # lack. In a file: a worker that ends before it has read a full pipe leaves its parent waiting for ever.
+        path = Path(folder, "work.pickle")
+        path.write_bytes(content)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(path,))
+        try:
+            yield from _as_they_finish(pool, _in_worker, jobs)
+        except BrokenExecutor as error:
+            raise DepthMuPError(
+                "a worker process ended before its run did: it was killed, ran out of memory, or could not import "
+                "make_model and train (a script needs if __name__ == '__main__':, and what a notebook or the standard "
+                "input defines cannot be imported). Finished runs are in path="
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _as_they_finish(executor: Executor, function: Callable[[Job], Run], jobs: Sequence[Job]) -> Iterator[Run]:
@@ -231,18 +238,19 @@ def _as_they_finish(executor: Executor, function: Callable[[Job], Run], jobs: Se
 _work: _Work | None = None  # of this worker process
 
 
-def _start_worker(content: bytes) -> None:
+def _start_worker(path: Path) -> None:
     global _work
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _work = pickle.loads(content)
+    threading.Thread(target=_end_with, args=(parent, path), daemon=True).start()
+    _work = pickle.loads(path.read_bytes())
 
 
-def _end_with(parent: Any) -> None:
-    """A worker holds both ends of the pool's pipe and would wait forever for a parent that was killed."""
+def _end_with(parent: Any, path: Path) -> None:
+    """A worker holds both ends of the pool's pipe and would wait for ever for a parent that was killed."""
     parent.join()
+    shutil.rmtree(path.parent, ignore_errors=True)  # which the parent could not do any more
     os._exit(1)
 
 
