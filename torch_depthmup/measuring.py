@@ -19,19 +19,22 @@ from torch_depthmup.errors import MeasurementError
 from torch_depthmup.graph import addition_operands, call, fresh, quiet
 from torch_depthmup.tracing import Trace
 
-__all__ = ["Meter", "branch_values", "check_branches", "exact_matrix_products", "filled", "run_metered"]
+__all__ = ["AtAdditions", "Meter", "branch_values", "check_branches", "exact_matrix_products", "filled", "run_metered"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
 
 
-class Meter(TorchFunctionMode):
-    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch."""
+class AtAdditions(TorchFunctionMode):
+    """Does `meet` in place of each residual addition of one forward pass, told from all others by its number.
 
-    def __init__(self, found: Trace, visit: Callable[[int, Tensor, Tensor], Tensor | None]):
+    Args:
+        found: a trace of the model that runs.
+    """
+
+    def __init__(self, found: Trace):
         super().__init__()
         self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
-        self.visit = visit
         self.ordinal = -1
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -43,6 +46,25 @@ class Meter(TorchFunctionMode):
         if self.ordinal not in self.sites:
             return func(*args, **kwargs)
         position, branch = self.sites[self.ordinal]
+        return self.meet(branch, position, operands, func, args, kwargs)
+
+    def meet(
+        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        """What ``func(*args, **kwargs)`` should return; ``operands[position]`` is the branch's value."""
+        return func(*args, **kwargs)
+
+
+class Meter(AtAdditions):
+    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch."""
+
+    def __init__(self, found: Trace, visit: Callable[[int, Tensor, Tensor], Tensor | None]):
+        super().__init__(found)
+        self.visit = visit
+
+    def meet(
+        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
         if value is None:
             return func(*args, **kwargs)

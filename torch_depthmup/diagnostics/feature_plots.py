@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_depthmup.diagnostics.extras import needs
-from torch_depthmup.diagnostics.slopes import AXES, QUANTITIES, Point, Slope
+from torch_depthmup.diagnostics.slopes import AXES, QUANTITIES, Point, Slope, exact
 from torch_depthmup.diagnostics.style import (
     ACCENT,
     GRID,
@@ -94,6 +94,9 @@ def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope) -> None:
     guide = _guide(means, slope.predicted)
     label = f"{check.rule.name} {slope.prediction}"
     (dashed,) = axis.plot(*zip(*guide.items(), strict=True), "--", color=ACCENT, linewidth=1.4, label=label)
+    if not exact(slope.quantity, slope.predicted):  # anything between the two slopes is what the rule says
+        flat = _guide(means, 0.0)
+        axis.fill_between(at, list(flat.values()), list(guide.values()), color=ACCENT, alpha=0.12, linewidth=0)
     measured = _line(color=ink(), linewidth=1.4, label=f"measured {slope.measured:+.2f}")
     axis.legend(handles=[measured, dashed], frameon=False, fontsize="x-small")
     axis.set_title(f"{QUANTITIES[slope.quantity]}\n{slope.verdict}", fontsize="small")

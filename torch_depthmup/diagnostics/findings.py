@@ -310,7 +310,7 @@ def _measured(stage: Stage, rule: Rule | None, family: Family) -> Finding | None
         return Finding("collapse", stage.name, text + _why(stage, rule, family))
     more = "as much as" if 0.8 < stage.factor < 1.25 else f"{stage.factor:.2g}x what they learn"
     if exponent > EXPONENT:
-        text = f"{where} learn {stage.factor:.2g}x more than at depth {stage.base_depth}: exploding with depth"
+        text = f"{where} learn {stage.factor:.2g}x what they learn at depth {stage.base_depth}: exploding with depth"
         return Finding("exploding", stage.name, text + (f", not predicted for {rule.name}" if rule else ""))
     if rule is not None and rule.alpha > 0 and stage.exponent == 0:
         text = f"{where} learn {more} at depth {stage.base_depth}: repaired by {rule.name}"

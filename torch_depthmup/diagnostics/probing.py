@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_depthmup.errors import MeasurementError
-from torch_depthmup.graph import addition_operands, call, fresh, quiet, tensors_in, unwrap
-from torch_depthmup.measuring import exact_matrix_products
+from torch_depthmup.graph import call, fresh, quiet, tensors_in, unwrap
+from torch_depthmup.measuring import AtAdditions, exact_matrix_products
 from torch_depthmup.tracing import Trace, trace
 
 __all__ = ["Product", "Probe", "Sights", "main_output", "signed_sum"]
@@ -180,24 +179,16 @@ def _check_devices(model: nn.Module, inputs: Any) -> None:
             )
 
 
-class _Streams(TorchFunctionMode):
+class _Streams(AtAdditions):
     """Reads the residual additions."""
 
     def __init__(self, found: Trace, see: Callable[[int, Tensor, Tensor], None]):
-        super().__init__()
-        self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
-        self.see, self.ordinal = see, -1
-        self.edges: dict[int, Any] = {}
+        super().__init__(found)
+        self.see, self.edges = see, dict[int, Any]()
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        operands = addition_operands(func, args, kwargs)
-        if operands is None:
-            return func(*args, **kwargs)
-        self.ordinal += 1
-        if self.ordinal not in self.sites:
-            return func(*args, **kwargs)
-        position, branch = self.sites[self.ordinal]
+    def meet(
+        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         value = operands[position].detach().clone()  # the sum may be written over it
         result = func(*args, **kwargs)
         self.edges[branch] = torch.autograd.graph.get_gradient_edge(result)
