@@ -404,6 +404,24 @@ def test_routed_experts_are_watched_when_they_get_other_samples_or_none() -> Non
     assert row["own"] == pytest.approx(rms(x @ change.T), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "layers, watched",
+    [
+        ("blocks.1", ["blocks.1.fc1.weight", "blocks.1.fc2.weight"]),
+        ("*.fc1", ["blocks.0.fc1.weight", "blocks.1.fc1.weight"]),
+        (["head", "blocks.0.fc2.weight"], ["blocks.0.fc2.weight", "head.weight"]),
+        ([], []),
+    ],
+)
+def test_layers_are_named_by_their_weights_or_modules(layers, watched: list[str]) -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8)
+    with FeatureMonitor(model, x, layers=layers) as monitor:
+        assert list(monitor.layers) == watched
+        monitor.record(0)
+    assert [row["layer"] for row in monitor.rows if row["kind"] == "layer"] == watched
+    assert sum(row["kind"] == "stream" for row in monitor.rows) == 2
+
+
 def test_memory_is_one_copy_of_weights_and_one_of_features_until_the_first_record() -> None:
     model, x = blocks.Stack(2, blocks.PreNorm).double(), torch.randn(5, 8, dtype=torch.float64)
     monitor = FeatureMonitor(model, x)

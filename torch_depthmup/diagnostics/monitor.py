@@ -84,8 +84,8 @@ class FeatureMonitor:
         model: a residual network, parametrized or not.
         probe: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device. A few samples do.
         every: `record` measures at steps divisible by this.
-        layers: name patterns of weights to watch, such as ``"*.fc1.weight"``; ``None`` watches all weight operations.
-            Residual streams are always watched.
+        layers: name patterns of weights to watch, or of modules that hold them, such as ``"*.fc1.weight"`` or
+            ``"blocks.0.*"``; ``None`` watches all weight operations. Residual streams are always watched.
         device: where the reference weights and features are kept; ``None`` is beside the model.
         objective: model output -> scalar whose gradients are measured; the default is `probing.signed_sum`.
         writers: callables that get the new rows (a list of dicts) at each record; see `writers.py`.
@@ -270,7 +270,7 @@ class FeatureMonitor:
                     "the initialization (rule 'mup' lets deep networks without normalisation overflow)"
                 )
         for pattern in self._patterns or ():
-            if not fnmatch.filter(self._weights, pattern):
+            if not any(_fits(name, pattern) for name in self._weights):
                 close = difflib.get_close_matches(pattern, seen, 3, 0.3)
                 raise MeasurementError(
                     f"layers={pattern!r} matches no weight operation. "
@@ -284,7 +284,7 @@ class FeatureMonitor:
                 raise MeasurementError(f"layers takes name patterns such as '*.fc1.weight', not {pattern!r}")
 
     def _watched(self, name: str) -> bool:
-        return self._patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
+        return self._patterns is None or any(_fits(name, pattern) for pattern in self._patterns)
 
     def _kept(self, value: Tensor) -> Tensor:
         copy = value.detach().clone()  # what a view shares would change with training
@@ -294,6 +294,11 @@ class FeatureMonitor:
         if key == FUNCTION:
             return "the model's output"
         return self.branches[int(key[1:])].name if key.startswith("@") else key
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means a weight or a module around it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 FUNCTION = "@function"
