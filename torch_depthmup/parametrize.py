@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_depthmup import width as widths
 from torch_depthmup.errors import PlanError
 from torch_depthmup.graph import is_sharded, unwrap
+from torch_depthmup.initialization import warn_of_shrinking
 from torch_depthmup.measuring import branch_values, check_branches, filled
 from torch_depthmup.modules import BranchMultiplier
 from torch_depthmup.plan import How, Plan, Stream, make_plan, match_streams, streams_at
@@ -86,7 +87,7 @@ def parametrize(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    streams = _streams(found, base, base_depth, example_inputs, rule, options)
+    streams = _streams(model, found, base, base_depth, example_inputs, rule, options)
     width, scales, readouts = _widths(model, base, rule)
     plan = make_plan(model, found, streams, rule, how, widths=width, scales=scales, readouts=readouts)
     set_shapes = width is not None and widths.from_base_shapes(model) is None
@@ -126,13 +127,22 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
 
 
 def _streams(
-    found: Trace, base: nn.Module | None, base_depth: int | None, inputs: Any, rule: Rule, options: dict[str, Any]
+    model: nn.Module,
+    found: Trace,
+    base: nn.Module | None,
+    base_depth: int | None,
+    inputs: Any,
+    rule: Rule,
+    options: dict[str, Any],
 ) -> tuple[Stream, ...]:
     if base is None or not rule.scales_depth:
         return streams_at(found.branches, base_depth if rule.scales_depth else None)
     base = unwrap(base)
     with widths.shaped(base):
-        return match_streams(found.branches, trace(base, inputs, **options).branches)
+        small = trace(base, inputs, **options).branches
+    streams = match_streams(found.branches, small)
+    warn_of_shrinking(model, found.branches, base, small, streams, rule)
+    return streams
 
 
 def _widths(

@@ -47,7 +47,8 @@ def named(slopes: Sequence[Slope], rule: Rule, family: Family, gradient: float) 
 
 
 def _of_the_multiplier(off: float, rule: Rule) -> list[str]:
-    known = (("forgotten", rule.alpha), ("applied twice", -rule.alpha))
+    twice = "applied twice (by an initialization that shrinks with depth, perhaps, as GPT-2's)"
+    known = (("forgotten", rule.alpha), (twice, -rule.alpha))
     return [f"the branch multiplier is {text}" for text, d in known if d and abs(off - d) <= NEAR]
 
 
