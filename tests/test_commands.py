@@ -55,6 +55,13 @@ class Transformer(nn.Module):
     def forward(self, x):
         return self.head(self.blocks(x.unflatten(1, (8, 8))).mean(1))
 
+def shrinking(depth):
+    model = Transformer(depth)
+    for block in model.blocks:
+        nn.init.normal_(block.attention.out_proj.weight, std=(8 * depth) ** -0.5)
+        nn.init.normal_(block.feed_forward[1].weight, std=(8 * depth) ** -0.5)
+    return model
+
 def always_two(depth):
     return DigitsResNet(2, 16)
 
@@ -215,6 +222,13 @@ def test_branches_whose_norms_stand_beside_them_are_folded_into_few_lines(here: 
     assert re.search(r"blocks\.\{0\.\.5\}\.before_feed_forward\.weight +inner\n", said)
     assert re.search(r"blocks\.\{0\.\.5\}\.attention\.out_proj\.bias +outer +carrier\n", said)
     assert len(said.splitlines()) < 24 and max(map(len, said.splitlines())) <= 100
+
+
+def test_a_warning_takes_one_line_too(here: Path, capsys, tmp_path: Path) -> None:
+    plan = ["plan", "user_net:shrinking", "user_net:data", "--depth", "16", "--base-depth", "2"]
+    assert cli.main([*plan, "--out", str(tmp_path / "p.html")]) == 0
+    said = line(capsys)
+    assert said.startswith("depthmup plan: warning: blocks.0.attention.out_proj.weight: its initial size falls")
 
 
 def test_the_check_exits_with_its_verdict(here: Path, capsys, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import argparse
 import importlib
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -50,13 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.command_line = shlex.join(["depthmup", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_one_line, options.command)
+            return int(options.run(options))
     except (ValueError, OSError, ImportError, BrokenExecutor) as error:  # DepthMuPError is a ValueError
         print(f"depthmup {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"depthmup {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(command: str, message: Warning | str, *_: object, **__: object) -> None:
+    print(f"depthmup {command}: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -338,8 +338,9 @@ class _Recording:
         self._update(FUNCTION, sights.output)
         self.entries.insert(0, (self._row(FUNCTION), self.numbers[FUNCTION]))
         monitor._last |= {k: v if monitor.device is None else v.to(monitor.device) for k, v in self.now.items()}
-        flat = [value.double() for _, numbers in self.entries for value in numbers.values()]
-        values = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist())
+        flat = [value for _, numbers in self.entries for value in numbers.values()]
+        wide = max((value.dtype for value in flat), key=lambda dtype: dtype.itemsize)  # some devices lack float64
+        values = iter(torch.stack([v.to(flat[0].device, wide) for v in flat]).tolist())
         rows = []
         for row, numbers in self.entries:
             measured = {name: next(values) for name in numbers}
