@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.coordinates import coordinate_check
-from torch_depthmup.diagnostics.feature_plots import monitor_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.plots import monitor_figure
 
 SHALLOW, DEEP, LR, STEPS = 4, 32, 1e-3, 40
 

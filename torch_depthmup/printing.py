@@ -1,8 +1,9 @@
-"""A plan as a table of at most 100 columns: repeated blocks are folded into one line."""
+"""Tables of at most 100 columns for plans and reports: repeated blocks are folded into one line."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -12,10 +13,10 @@ from torch_depthmup.errors import DepthMuPError
 if TYPE_CHECKING:
     from torch_depthmup.plan import Plan
 
-__all__ = ["Table", "branch_rows", "columns", "fold_names", "parameter_rows", "table"]
+__all__ = ["Table", "branch_rows", "columns", "fold_names", "number", "parameter_rows", "table"]
 
 COLUMNS = 100
-LEAST = 20  # columns that a name gets whatever stands beside it
+LEAST = 24  # columns that a name gets whatever stands beside it
 MANY = 4  # so many numbers behind one stem (block0, block1, ...) are a repetition, fewer (conv1, conv2) are names
 
 
@@ -73,6 +74,11 @@ def columns(header: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]]) 
         rest = "  ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append(f"{name.ljust(widths[0])}  {rest}".rstrip())
     return [lines[0], "-" * min(COLUMNS, max(map(len, lines))), *lines[1:]]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number as a reader wants it: few digits, an en dash for what is not known."""
+    return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def fold_names(values: dict[str, tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.coordinates import CoordinateCheck, coordinate_check
-from torch_depthmup.diagnostics.feature_plots import coordinate_figure, monitor_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.plots import coordinate_figure, monitor_figure
 from torch_depthmup.errors import DepthMuPError, MeasurementError, PlanError
 from torch_depthmup.optim import Adam
 

@@ -134,6 +134,21 @@ def test_the_summary_has_a_row_for_each_rule_and_depth() -> None:
     assert str(Estimate(-1.234, 0.28)) == "-1.2±0.3" and str(Estimate(0.04, math.nan)) == "+0.0"
 
 
+def test_a_sweep_prints_its_summary_and_what_it_says() -> None:
+    sweep = Sweep(tuple(parabola("mup", 4, -5.3) + parabola("mup", 64, -14, floor=0.05, edge=-3)))
+    header, _, base, deep, _, said = str(sweep).splitlines()
+    assert (
+        header.split()[:4] == ["rule", "depth", "best", "lr"] and "moves by 2^" in header and "with lr of 4" in header
+    )
+    assert base.split() == ["mup", "4", "0.0312", "-5.3±0.0", "base", "none", "0.101", "0.101", "base"]
+    assert deep.split()[:3] == ["mup", "64", "0.000977*"] and deep.split()[5] == "0.125"
+    assert said.startswith(
+        "In this run the learning rate tuned at depth 4 gives the lowest mean loss at depth 64 under mup"
+    )
+    lost = Sweep(tuple(parabola("mup", 4, -5, edge=-100) + parabola("mup", 8, -5)))
+    assert str(lost).splitlines()[2].split() == ["mup", "4", "–", "–", "base", "0.000977", "inf", "inf", "base"]
+
+
 def test_the_figure_has_a_panel_for_each_rule_and_a_line_for_each_depth() -> None:
     sweep = Sweep(tuple(parabola("mup", 4, -5) + parabola("mup", 64, -7) + parabola("complete-p", 4, -5)))
     figure = transfer_figure(Sweep(sweep.runs + tuple(parabola("complete-p", 64, -5, edge=-2))), title="curves")

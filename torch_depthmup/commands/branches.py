@@ -10,8 +10,8 @@ from torch import nn
 
 from torch_depthmup.commands import sources
 from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.feature_plots import initial_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.plots import initial_figure
 from torch_depthmup.graph import normalise_name
 from torch_depthmup.printing import Table, columns, fold_names
 from torch_depthmup.tracing import Branch

@@ -10,6 +10,7 @@ from torch_depthmup.diagnostics import html
 from torch_depthmup.diagnostics.coordinates import CoordinateCheck, coordinate_check
 from torch_depthmup.diagnostics.slopes import QUANTITIES
 from torch_depthmup.diagnostics.training import OPTIMIZERS
+from torch_depthmup.printing import number
 from torch_depthmup.rules import RULES
 
 __all__ = ["add_arguments", "run"]
@@ -88,7 +89,7 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
         html.table(
             ("depth", "width", "seed", *sizes),
             [
-                (f"{d}", f"{w or options.width or '–'}", f"{s}", *(html.number(of[d, w, s]) for of in sizes.values()))
+                (f"{d}", f"{w or options.width or '–'}", f"{s}", *(number(of[d, w, s]) for of in sizes.values()))
                 for d, w, s in points
             ],
         ),

@@ -8,8 +8,8 @@ import torch
 
 from torch_depthmup.commands import sources
 from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.feature_plots import initial_figure
 from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.plots import initial_figure
 from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.parametrize import parametrize
 from torch_depthmup.printing import branch_rows, parameter_rows

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 
 from torch_depthmup.commands import sources
-from torch_depthmup.commands.sweep_text import reading, table, terminal
+from torch_depthmup.commands.console import table, terminal
 from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.optima import Estimate, Sweep
+from torch_depthmup.diagnostics.optima import Sweep
 from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
+from torch_depthmup.diagnostics.sweep_text import cells, reading
 from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
 from torch_depthmup.diagnostics.transfer import transfer_sweep
 from torch_depthmup.rules import RULES
@@ -95,20 +96,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _blocks(sweep: Sweep) -> list[str]:
     base = sweep.depths[0]
-    header = (
-        "rule", "depth", "best lr", "fitted log2 lr", "moves by 2^", "edge", "best loss", f"with lr of {base}", "regret"
-    )  # fmt: skip
-    rows = [
-        (
-            row["rule"], f"{row['depth']}", f"{html.number(row['lr'])}{' *' if row['at_edge'] else ''}",
-            _estimate(row["log2_lr"], row["log2_lr_error"]),
-            "base" if row["depth"] == base else _estimate(row["drift"], row["drift_error"]),
-            "none" if math.isinf(row["edge"]) else html.number(row["edge"]), html.number(row["loss"]),
-            html.number(row["transferred_loss"]),
-            "base" if row["depth"] == base else _loss(row["regret"], row["regret_error"]),
-        )
-        for row in sweep.summary()
-    ]  # fmt: skip
+    header, rows = cells(sweep)
     diverged = sum(run.diverged for run in sweep.runs)
     seconds = sum(run.seconds for run in sweep.runs)
     return [
@@ -125,20 +113,12 @@ def _blocks(sweep: Sweep) -> list[str]:
             f"depth {base} (solid) and with the best one (dashed): the gap is the regret.",
         ),
         html.heading("Optima"),
-        html.table(header, rows),
+        html.table(header, [(rule, *texts) for rule, texts in rows]),
         html.paragraph(
-            "* at the edge of the grid: the optimum may lie beyond it. Losses are medians over seeds; ± is a standard "
-            "error (jackknife over seeds for the fitted optimum and its drift, paired differences for the regret). "
-            "Edge is the smallest learning rate at which a run diverged.",
+            "* at the edge of the grid: the optimum may lie beyond it. log2 lr is the vertex of a robust parabola. "
+            "Losses are medians over seeds; ± is a standard error (jackknife over seeds for vertex and move, paired "
+            "differences for the regret). Edge is the smallest learning rate at which a run diverged.",
             quiet=True,
         ),
         html.paragraph(f"{len(sweep.runs)} runs, {diverged} of them diverged; {seconds:.0f} s of work.", quiet=True),
     ]
-
-
-def _estimate(value: float, error: float) -> str:
-    return "–" if math.isnan(value) else str(Estimate(value, error))
-
-
-def _loss(value: float, error: float) -> str:
-    return html.number(value) + ("" if math.isnan(error) else f" ± {html.number(error, 1)}")

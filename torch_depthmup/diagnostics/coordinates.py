@@ -74,8 +74,8 @@ class CoordinateCheck:
         return "broken" if "broken" in verdicts else "holds" if verdicts == {"holds"} else "cannot tell"
 
     def figure(self) -> Any:
-        """A matplotlib figure: sizes against depth and width, with the rule's slopes as guides; see `feature_plots`."""
-        from torch_depthmup.diagnostics.feature_plots import coordinate_figure
+        """A matplotlib figure: sizes against depth and width, with the rule's slopes as guides; see `plots`."""
+        from torch_depthmup.diagnostics.plots import coordinate_figure
 
         return coordinate_figure(self)
 

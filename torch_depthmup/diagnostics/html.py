@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.style import DARK
 
-__all__ = ["figure", "heading", "listing", "number", "page", "paragraph", "table"]
+__all__ = ["figure", "heading", "listing", "page", "paragraph", "table"]
 
 LEAST = 0.75  # of its size: a figure on a narrower page scrolls
 VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open"}
@@ -103,11 +102,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     kind = VERDICTS.get(text)
     return f"<td{f' class={kind}' if kind else ''}>{escape(text)}</td>"
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number as a reader wants it: few digits, an en dash for what is not known."""
-    return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def figure(draw: Callable[[], Any], caption: str) -> str:

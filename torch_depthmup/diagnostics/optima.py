@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.extras import needs
+from torch_depthmup.diagnostics.sweep_text import cells, reading
 from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.printing import columns
 
 __all__ = ["Estimate", "Job", "Optimum", "Run", "Sweep"]
 
@@ -71,6 +73,9 @@ class Estimate:
     error: float
 
     def __str__(self) -> str:
+        """In tenths, which is as much as anyone can use of a move in factors of two."""
+        if math.isnan(self.value):
+            return "–"
         return f"{self.value:+.1f}" + ("" if math.isnan(self.error) else f"±{self.error:.1f}")
 
 
@@ -97,7 +102,7 @@ Curve = dict[float, float]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Finished runs, and what follows from them. The shallowest depth is the one that is tuned."""
+    """Finished runs, and what follows from them. The shallowest depth is the one that is tuned. ``print`` it."""
 
     runs: tuple[Run, ...]
 
@@ -216,6 +221,10 @@ class Sweep:
                 }
             )  # fmt: skip
         return rows
+
+    def __str__(self) -> str:
+        header, rows = cells(self)
+        return "\n".join([*columns(header, rows), "", reading(self)])
 
     def frame(self) -> Any:
         """A tidy pandas frame: rule, depth, lr, seed, loss, diverged, seconds; a row for each run.

@@ -1,4 +1,4 @@
-"""A sweep in words and as a table for the terminal."""
+"""A sweep as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Sweep
 
-__all__ = ["reading", "table", "terminal"]
+__all__ = ["table", "terminal"]
 
 
 def terminal() -> Any:
@@ -44,27 +44,3 @@ def table(sweep: Sweep) -> Any:
 def _with_spread(losses: list[float]) -> str:
     spread = f"±{stdev(losses):.3f}" if len(losses) > 1 and max(losses) < math.inf else ""
     return f"{fmean(losses):.3f}{spread}"
-
-
-def reading(sweep: Sweep) -> str:
-    """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
-    deepest, base = sweep.depths[-1], sweep.depths[0]
-    losses = {rule: sweep.transferred(rule, deepest) for rule in sweep.rules}
-    best = min(losses, key=lambda rule: fmean(losses[rule]))
-    if not math.isfinite(fmean(losses[best])):
-        return f"In this run no rule trains at depth {deepest} with the learning rate tuned at depth {base}."
-    alike = [rule for rule in sweep.rules if rule != best and _alike(losses[rule], losses[best])]
-    told = f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
-    return (
-        f"In this run the learning rate tuned at depth {base} gives the lowest mean loss at depth {deepest} under "
-        f"{best}{told}. ± over seeds: standard error (moves), deviation (loss)."
-    )
-
-
-def _alike(a: list[float], b: list[float]) -> bool:
-    """Whether two means lie within two standard errors of their difference; with one seed nothing tells them apart."""
-    if not all(map(math.isfinite, (*a, *b))):
-        return False
-    if min(len(a), len(b)) < 2:
-        return True
-    return abs(fmean(a) - fmean(b)) < 2 * math.hypot(stdev(a) / len(a) ** 0.5, stdev(b) / len(b) ** 0.5)
