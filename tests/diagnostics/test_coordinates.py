@@ -135,7 +135,7 @@ def test_a_network_whose_gradients_grow_with_depth_is_told_from_a_wrong_rule() -
 
 def test_slopes_are_least_squares_of_the_tidy_frame() -> None:
     result = check(depths=(2, 4, 8), seeds=3)
-    frame = result.frame
+    frame = result.frame()
     assert {"width", "total_depth", "relative_depth", "seed", "step", "branch", "layer"} <= set(frame.columns)
     assert sorted(frame.step.unique()) == [0, 2]
     inner = frame[(frame.role == "inner") & (frame.step == 2)]
@@ -161,7 +161,7 @@ def test_widths_are_checked_along_their_own_axis() -> None:
     result = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, seeds=3, steps=1)
     in_width = [slope for slope in result.slopes if slope.axis == "width"]
     assert {slope.quantity for slope in in_width} == {"inner", "outer", "stream", "function"}
-    points = set(result.frame[["total_depth", "width", "seed"]].itertuples(index=False, name=None))
+    points = set(result.frame()[["total_depth", "width", "seed"]].itertuples(index=False, name=None))
     assert points == {(d, w, s) for d in (2, 8) for w in (32, 64, 128) for s in range(3)}
     assert set(result.sizes("inner")) == points
     widths_apart = [

@@ -34,7 +34,7 @@ PROBE = 32  # samples of the first batch that are looked at
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What `coordinate_check` found. ``print`` it; ``frame`` is tidy; `figure` draws it.
+    """What `coordinate_check` found. ``print`` it; `frame` is tidy; `figure` draws it.
 
     Args:
         rule: the rule that was checked.
@@ -50,9 +50,12 @@ class CoordinateCheck:
     mistakes: tuple[str, ...]
     rows: tuple[dict[str, Any], ...] = field(repr=False)
 
-    @cached_property
     def frame(self) -> Any:
-        """The rows as a tidy pandas data frame."""
+        """The rows as a tidy pandas data frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         return frame(self.rows, ("width", "total_depth", "relative_depth", "seed", *COLUMNS))
 
     @cached_property
