@@ -148,7 +148,9 @@ def test_a_sweep_killed_in_the_middle_ends_as_an_uninterrupted_one(tmp_path: Pat
     """Real training in the default pool, kill -9: the workers go too, and the resumed frame is that of one go."""
     script, path = tmp_path / "script.py", tmp_path / "runs.jsonl"
     script.write_text(SCRIPT)
-    child = subprocess.Popen([sys.executable, script, path])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    child = subprocess.Popen([sys.executable, script, path], env={**os.environ, "TMPDIR": str(scratch)})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 5):
         time.sleep(0.01)
@@ -162,7 +164,7 @@ def test_a_sweep_killed_in_the_middle_ends_as_an_uninterrupted_one(tmp_path: Pat
         time.sleep(0.05)
     assert not any(map(alive, workers))
     if Path("/proc").exists():
-        assert workers
+        assert workers and not list(scratch.rglob("work.pickle"))
     resumed, whole = (
         subprocess.run([sys.executable, script, file], check=True, timeout=120, capture_output=True, text=True).stdout
         for file in (path, tmp_path / "other.jsonl")
