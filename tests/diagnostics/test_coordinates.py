@@ -147,6 +147,14 @@ def test_slopes_are_least_squares_of_the_tidy_frame() -> None:
     assert slope.high - slope.measured == pytest.approx(half, rel=1e-9)
 
 
+def test_a_check_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    check(depths=(2, 4), seeds=1)
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_too_few_points_cannot_tell() -> None:
     result = check(depths=(2, 4), seeds=1)
     assert {slope.verdict for slope in result.slopes} == {"cannot tell"} and result.verdict == "cannot tell"

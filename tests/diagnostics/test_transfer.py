@@ -58,6 +58,14 @@ def test_a_sweep_is_the_loop_written_by_hand() -> None:
     assert len(sweep.frame()) == 16
 
 
+def test_a_sweep_in_this_process_leaves_its_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    transfer_sweep(small, training(), **GRID, example_inputs=X, executor=ThreadPoolExecutor(1))
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_processes_give_the_losses_of_one_thread_to_the_bit() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

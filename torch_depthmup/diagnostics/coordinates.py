@@ -20,7 +20,7 @@ from torch_depthmup.diagnostics import mistakes
 from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, seeds_of
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
 from torch_depthmup.diagnostics.slopes import AXES, QUANTITIES, Point, Slope, Verdict, fit, slope
-from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, take
+from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, own_random_state, take
 from torch_depthmup.diagnostics.writers import frame
 from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth, ignores_width
 from torch_depthmup.graph import call
@@ -29,6 +29,7 @@ from torch_depthmup.rules import Family, Rule, get_family, get_rule
 
 __all__ = ["CoordinateCheck", "coordinate_check"]
 
+EXAMPLES = 4  # samples that branches are found with
 PROBE = 32  # samples of the first batch that are looked at
 
 
@@ -140,24 +141,21 @@ def coordinate_check(
     rule, kind = get_rule(rule), _family(optimizer, family)
     batches = _batches(data)
     grid = _grid(depths, widths, seeds, steps)
-    _check_width(make_model, grid)
-    base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
     make_optimizer = optimizer if callable(optimizer) else _named(optimizer, lr)
+    prepare = prepare or _parametrize(rule, take(batches[0][0], slice(EXAMPLES)), widths is not None)
     rows: list[dict[str, Any]] = []
     found: dict[int, int] = {}
-    for depth, width, seed in grid:
-        model = _made(make_model, depth, width, seed)
-        if prepare is not None:
+    with own_random_state():
+        _check_width(make_model, grid)
+        base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
+        for depth, width, seed in grid:
+            model = _made(make_model, depth, width, seed)
             prepare(model, base)
-        elif rule.scales_depth or widths is not None:
-            parametrize(model, base=base, rule=rule, example_inputs=take(batches[0][0], slice(4)))
-        else:
-            parametrize(model, rule=rule)
-        monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
-        _check_depth(found, depth, len(monitor.branches))
-        _train(model, make_optimizer(model), batches, steps, loss, monitor)
-        rows += [_row(row, depth, width, seed) for row in monitor.rows]
-        monitor.close()
+            monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
+            _check_depth(found, depth, len(monitor.branches))
+            _train(model, make_optimizer(model), batches, steps, loss, monitor)
+            rows += [_row(row, depth, width, seed) for row in monitor.rows]
+            monitor.close()
     sizes = _all_sizes(rows)
     slopes = tuple(_slopes(sizes, rule, kind, tolerance))
     wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT]))
@@ -182,6 +180,12 @@ def _family(optimizer: Any, family: str | Family | None) -> Family:
 
 def _named(optimizer: str, lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: OPTIMIZERS[optimizer](model, lr=lr)
+
+
+def _parametrize(rule: Rule, example_inputs: Any, over_widths: bool) -> Callable[[nn.Module, nn.Module], Any]:
+    if rule.scales_depth or over_widths:
+        return lambda model, base: parametrize(model, base=base, rule=rule, example_inputs=example_inputs)
+    return lambda model, base: parametrize(model, rule=rule)
 
 
 def _batches(data: Any) -> list[tuple[Any, Tensor]]:

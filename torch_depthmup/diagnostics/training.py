@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.graph import call
 from torch_depthmup.optim import SGD, Adam, AdamW
 
-__all__ = ["OPTIMIZERS", "Training", "default_loss", "take"]
+__all__ = ["OPTIMIZERS", "Training", "default_loss", "own_random_state", "take"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 DIVERGED = 2.0  # a loss above so many times that of the first batch is past the edge of stability, finite or not
@@ -82,6 +83,14 @@ class Training:
         model.eval()
         parts = torch.arange(len(self.targets)).split(EVALUATION * self.batch_size)
         return sum(self._loss(model, part).item() * len(part) for part in parts) / len(self.targets)
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Seeds set inside do not reach the caller's random numbers."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
 
 
 def default_loss(output: Any, targets: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Job, Run, Sweep
-from torch_depthmup.diagnostics.training import Training, take
+from torch_depthmup.diagnostics.training import Training, own_random_state, take
 from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.graph import tensors_in
 from torch_depthmup.parametrize import parametrize
@@ -145,9 +145,10 @@ class _Work:
     def __call__(self, job: Job) -> Run:
         start = time.perf_counter()
         try:
-            torch.manual_seed(job.seed)
-            model = self._parametrized(job)
-            loss = float(self.train(model, job.lr, job.seed))
+            with own_random_state():
+                torch.manual_seed(job.seed)
+                model = self._parametrized(job)
+                loss = float(self.train(model, job.lr, job.seed))
         except DepthMuPError as error:
             raise DepthMuPError(f"{job.rule} at depth {job.depth}: {error}") from error
         except Exception as error:
