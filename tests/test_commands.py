@@ -255,7 +255,7 @@ def test_the_sweep_trains_what_the_demo_trains_and_resumes(here: Path, capsys, t
     keys = ("rule", "depth", "lr", "seed", "loss")
     found = [tuple(json.loads(text)[key] for key in keys) for text in lines[1:]]
     assert sorted(found) == sorted(tuple(run[key] for key in keys) for run in wanted) and len(found) == 72
-    rows = [text for text in demo_said.splitlines() if text.lstrip().startswith(("mup", "depth-mup"))]
+    rows = [text for text in demo_said.splitlines() if re.match(r" *(depth-)?mup +[\d.]+", text)]
     assert len(rows) == 2 and all(row in sweep_said for row in rows)
 
     (tmp_path / "sweep.jsonl").write_text("\n".join(lines[:20]) + "\n")

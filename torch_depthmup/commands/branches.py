@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
             "each addition, and what each branch adds.",
         ),
         html.heading("Branches"),
-        html.table(branches[0], [(name, *cells) for name, cells in branches[1]]),
+        html.named_table(*branches),
         html.heading("Their parameters"),
-        html.table(parameters[0], [(name, *cells) for name, cells in parameters[1]]),
+        html.named_table(*parameters),
         html.paragraph(
             "Inner parameters come before a branch's last weight operation, outer ones belong to it. A branch is "
             "linear in its carrier, into which a multiplier can be folded.",

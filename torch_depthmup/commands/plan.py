@@ -68,9 +68,9 @@ def run(options: argparse.Namespace) -> int:
             "each branch adds, for the base, for the network as the factory built it, and under the rule.",
         ),
         html.heading("Branches"),
-        html.table(branches[0], [(name, *cells) for name, cells in branches[1]]),
+        html.named_table(*branches),
         html.heading("Parameters"),
-        html.table(parameters[0], [(name, *cells) for name, cells in parameters[1]]),
+        html.named_table(*parameters),
         html.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
     ]
     sources.write(options.out, html.page(f"Plan for {options.model}", blocks, command=options.command_line))

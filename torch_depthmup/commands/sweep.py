@@ -96,7 +96,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _blocks(sweep: Sweep) -> list[str]:
     base = sweep.depths[0]
-    header, rows = cells(sweep)
     diverged = sum(run.diverged for run in sweep.runs)
     seconds = sum(run.seconds for run in sweep.runs)
     return [
@@ -113,7 +112,7 @@ def _blocks(sweep: Sweep) -> list[str]:
             f"depth {base} (solid) and with the best one (dashed): the gap is the regret.",
         ),
         html.heading("Optima"),
-        html.table(header, [(rule, *texts) for rule, texts in rows]),
+        html.named_table(*cells(sweep)),
         html.paragraph(
             "* at the edge of the grid: the optimum may lie beyond it. log2 lr is the vertex of a robust parabola. "
             "Losses are medians over seeds; ± is a standard error (jackknife over seeds for vertex and move, paired "

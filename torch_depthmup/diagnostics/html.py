@@ -20,7 +20,7 @@ import torch
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.style import DARK
 
-__all__ = ["figure", "heading", "listing", "page", "paragraph", "table"]
+__all__ = ["figure", "heading", "listing", "named_table", "page", "paragraph", "table"]
 
 LEAST = 0.75  # of its size: a figure on a narrower page scrolls
 VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open"}
@@ -97,6 +97,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def named_table(header: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A table whose rows are a name and its cells, as `printing` folds them."""
+    return table(header, [(name, *cells) for name, cells in rows])
 
 
 def _cell(text: str) -> str:
