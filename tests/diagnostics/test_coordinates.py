@@ -305,6 +305,35 @@ def test_a_collapse_is_found_measured_and_explained() -> None:
     assert kinds(deep, base=base.frame()) == kinds(deep, base=base)
 
 
+class TwoStreams(nn.Module):
+    def __init__(self, first: int, second: int):
+        super().__init__()
+        self.one, self.two = blocks.Stack(first, blocks.PreNorm), blocks.Stack(second, blocks.PreNorm)
+        self.join = nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.join(self.one(x))))
+
+
+@pytest.mark.parametrize("out, kept, depths", [("one", "two", (12, 3)), ("two", "one", (4, 2))])
+def test_stages_that_a_plan_leaves_out_have_no_prediction(out: str, kept: str, depths: tuple[int, int]) -> None:
+    model, x = TwoStreams(4, 12), torch.randn(4, 8)
+    dm.parametrize(model, base=TwoStreams(2, 3), example_inputs=x, rule="depth-mup-uncorrected", exclude=[f"{out}.*"])
+    monitor = FeatureMonitor(model, x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    monitor.record(1)
+    report = monitor.report()
+    stages = {(stage.name, stage.role): stage for stage in report.stages}
+    assert len(stages) == 4
+    for role in ("inner", "outer"):
+        left, scaled = stages[f"{out}.blocks", role], stages[f"{kept}.blocks", role]
+        assert (left.exponent, left.base_depth, left.predicted) == (None, None, None)
+        assert (scaled.exponent, scaled.depth, scaled.base_depth) == (-0.5, *depths)
+    assert [finding.where for finding in report.findings if finding.kind == "collapse"] == [f"{kept}.blocks"]
+
+
 def test_without_a_base_run_the_prediction_is_called_one() -> None:
     (finding,) = [f for f in run(64, "depth-mup-uncorrected").report().findings if f.kind == "collapse"]
     assert "predicted, not measured" in finding.text

@@ -459,6 +459,20 @@ def test_a_resumed_monitor_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
         FeatureMonitor(model, x[:2]).load_state_dict(saved["monitor"])
 
 
+def test_parameters_that_were_replaced_are_found_by_name() -> None:
+    model, x = blocks.Stack(2, blocks.PreNorm).double(), torch.randn(4, 8, dtype=torch.float64)
+    monitor = FeatureMonitor(model, x)
+    train(model, x, 1)
+    state = {name: 1.5 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model(x).square().sum().backward()
+    monitor.record(0)
+    for row in monitor.rows:
+        if row["kind"] == "layer":
+            assert row["weight"] == pytest.approx(float(state[row["layer"]].norm()))
+            assert row["weight_gradient"] == pytest.approx(float(model.get_parameter(row["layer"]).grad.norm()))
+
+
 def test_writers_get_every_row(tmp_path) -> None:
     model, x, seen, board = blocks.Stack(1, blocks.PreNorm), torch.randn(4, 8), [], SummaryWriter(tmp_path / "board")
     writers = [CSVWriter(tmp_path / "a.csv"), JSONLinesWriter(tmp_path / "a.jsonl"), TensorBoardWriter(board)]

@@ -63,7 +63,7 @@ class Stage:
         own: root mean square of their own updates (W - W0) h, without folded multipliers.
         relative: the same of (W - W0) h over W0 h.
         share: mean share of a feature's change that its own layer learned.
-        exponent: the rule's exponent in depth of ``own``, ``None`` without a plan.
+        exponent: the rule's exponent in depth of ``own``, ``None`` without a plan, or where it leaves them out.
         factor: ``own`` over that of the base run, ``None`` without one.
     """
 
@@ -223,25 +223,27 @@ def _mean(values: Iterable[float]) -> float:
 
 def _stages(rows: list[Row], base: list[Row] | None, plan: Plan | None, family: Family) -> Iterable[Stage]:
     slopes = {} if plan is None else rules.predicted_slopes(plan.rule, family)
+    # By name: a plan may leave out branches that the monitor watches, and number the streams otherwise.
+    planned = {} if plan is None else {branch.name: plan.streams[branch.stream] for branch in plan.branches}
     groups, others = _grouped(rows), _grouped(base or [])
     for (stream, name, role), group in groups.items():
         own = _mean_square(row["own"] / row["folded"] for row in group)
-        factor, base_depth = None, None
-        if plan is not None and plan.streams:
-            base_depth = plan.streams[stream].base_depth
+        counted = planned.get(group[0]["branch"])
+        depth, base_depth = (counted.depth, counted.base_depth) if counted else (group[0]["depth"], None)
+        factor = None
         if other := others.get((stream, name, role)):
-            base_depth = other[0]["depth"]
+            depth, base_depth = group[0]["depth"], other[0]["depth"]
             factor = _over(own, _mean_square(row["own"] / row["folded"] for row in other))
         yield Stage(
             name=name,
             role=role,
             layers=len(group),
-            depth=group[0]["depth"],
+            depth=depth,
             base_depth=base_depth,
             own=own,
             relative=_mean_square(_over(row["own"], row["initial"]) for row in group),
             share=_mean(row["own_share"] for row in group),
-            exponent=slopes.get(role),
+            exponent=slopes.get(role) if counted or not planned else None,
             factor=factor,
         )
 

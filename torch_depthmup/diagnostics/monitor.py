@@ -126,7 +126,6 @@ class FeatureMonitor:
             self._sides |= {name: (i, "inner") for name in branch.inner}
             self._sides |= {name: (i, "outer") for name in branch.outer}
         self.plan: Plan | None = _plan(self._probe.model)
-        self._parameters = dict(self._probe.model.named_parameters())
         self._patterns = [layers] if isinstance(layers, str) else layers
         self._weights: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
@@ -183,7 +182,6 @@ class FeatureMonitor:
     def close(self) -> None:
         """Lets go of the model and of all reference tensors, and closes the writers. Rows stay readable."""
         self._probe = None
-        self._parameters = {}
         for kept in (self._weights, self._first, self._last):
             kept.clear()
         for writer in self.writers:
@@ -320,6 +318,7 @@ class _Recording:
 
     def __init__(self, monitor: FeatureMonitor, probe: Probe):
         self.monitor, self.probe = monitor, probe
+        self.parameters = dict(probe.model.named_parameters())  # anew: loading a state may replace them
         self.entries: list[tuple[Row, dict[str, Tensor]]] = []
         self.numbers: dict[str, dict[str, Tensor]] = {}
         self.initial: dict[str, Tensor] = {}  # W0 h of layers, h of streams, until the gradients are there
@@ -403,7 +402,7 @@ class _Recording:
         wide = update.flatten().to(_wide(update))
         numbers["own_share"] = torch.dot(own.flatten().to(wide.dtype), wide) / torch.dot(wide, wide)
         numbers["weight"], numbers["weight_update"] = _norm(it.weight), _norm(difference)
-        parameter = monitor._parameters.get(it.name.partition("#")[0])
+        parameter = self.parameters.get(it.name.partition("#")[0])
         if parameter is not None and parameter.grad is not None:
             numbers["weight_gradient"] = _norm(parameter.grad)
         self.initial[it.name] = initial
