@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     check = coordinate_check(
         make, sources.batches(inputs, targets, options.batch_size, options.steps), depths=options.depths,
         widths=options.widths, rule=options.rule, optimizer=options.optimizer, lr=options.lr, steps=options.steps,
-        seeds=options.seeds,
+        seeds=options.seeds, progress=True,
     )  # fmt: skip
     print(check)
     page = html.page(f"Coordinate check of {options.model}", _blocks(check, options), command=options.command_line)

@@ -19,6 +19,7 @@ from torch_depthmup import rules
 from torch_depthmup.diagnostics import mistakes
 from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, seeds_of
 from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
+from torch_depthmup.diagnostics.progress import bar
 from torch_depthmup.diagnostics.slopes import AXES, QUANTITIES, Point, Slope, Verdict, fit, slope
 from torch_depthmup.diagnostics.training import OPTIMIZERS, default_loss, own_random_state, take
 from torch_depthmup.diagnostics.writers import frame
@@ -109,6 +110,7 @@ def coordinate_check(
     loss: Callable[[Any, Tensor], Tensor] | None = None,
     prepare: Callable[[nn.Module, nn.Module], Any] | None = None,
     tolerance: float = 0.15,
+    progress: bool = False,
 ) -> CoordinateCheck:
     """Trains briefly at each depth (and width), and holds the slopes of what moved against the rule's exponents.
 
@@ -128,6 +130,7 @@ def coordinate_check(
         loss: ``(output, targets) -> scalar``; the default is cross-entropy for integer targets, else mean squares.
         prepare: ``(model, base) -> anything``: one's own code for the rule in place of `parametrize`.
         tolerance: how far from the rule's exponent a slope still counts as holding.
+        progress: whether a terminal shows a bar with the time left (needs rich).
 
     Returns:
         The slopes, verdicts and mistakes.
@@ -145,7 +148,7 @@ def coordinate_check(
     prepare = prepare or _parametrize(rule, take(batches[0][0], slice(EXAMPLES)), widths is not None)
     rows: list[dict[str, Any]] = []
     found: dict[int, int] = {}
-    with own_random_state():
+    with own_random_state(), bar("checking", len(grid), show=progress) as advance:
         _check_width(make_model, grid)
         base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
         for depth, width, seed in grid:
@@ -156,6 +159,7 @@ def coordinate_check(
             _train(model, make_optimizer(model), batches, steps, loss, monitor)
             rows += [_row(row, depth, width, seed) for row in monitor.rows]
             monitor.close()
+            advance()
     sizes = _all_sizes(rows)
     slopes = tuple(_slopes(sizes, rule, kind, tolerance))
     wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT]))

@@ -14,8 +14,7 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from torch_depthmup.diagnostics.canonical import Loss, Scales, Setting, checked_
 from torch_depthmup.diagnostics.dynamics import Network, Record, Recorded, backward, forward
 from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.gaussian import Coupling, Noise
+from torch_depthmup.diagnostics.progress import bar
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import Rule, get_rule
 
@@ -205,7 +205,7 @@ def simulate(
         scales: other constants than the canonical ones.
         device: where to simulate; ``None`` is that of the inputs.
         dtype: of the simulation.
-        progress: whether to show a bar over steps (needs rich).
+        progress: whether a terminal shows a bar over steps (needs rich).
 
     Returns:
         Outputs, losses, kernels and feature updates at every step and depth, for each seed.
@@ -234,7 +234,7 @@ def simulate(
     noise = Noise(which, device=device, dtype=dtype)
     classes = targets.shape[1] if loss == "mse" else int(targets.max()) + 1
     network = Network(setting, points, len(inputs), classes, width, noise, coupling)
-    with torch.no_grad(), _bar(steps, progress) as advance:
+    with torch.no_grad(), bar("simulating", steps, show=progress) as advance:
         return _train(network, targets, advance)
 
 
@@ -321,16 +321,6 @@ def collect(network: Recorded, record: Record, targets: Tensor) -> NFDResult:
         diverged=record.diverged,
         **{name: record.stacked(name, length) for name, length in lengths.items()},
     )
-
-
-@contextmanager
-def _bar(steps: int, show: bool) -> Iterator[Callable[[], None]]:
-    if not show:
-        yield lambda: None
-        return
-    with needs("rich.progress").Progress(transient=True) as bar:
-        task = bar.add_task("simulating", total=steps)
-        yield lambda: bar.advance(task)
 
 
 def gia_gap(inputs: Tensor, targets: Tensor, **options: Any) -> GIAGap:

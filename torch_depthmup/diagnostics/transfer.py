@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
-from torch_depthmup.diagnostics.extras import needs
 from torch_depthmup.diagnostics.optima import Job, Run, Sweep
+from torch_depthmup.diagnostics.progress import bar
 from torch_depthmup.diagnostics.training import Training, own_random_state, take
 from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.graph import tensors_in
@@ -72,7 +72,7 @@ def transfer_sweep(
         path: a file of JSON lines. Finished runs are appended as they come; runs that it holds are not done again. It
             remembers what was trained - the factory and the training by name, with their data and options - and is
             refused for anything else; it cannot see that their code has changed.
-        progress: whether to show a bar with the time left (needs rich).
+        progress: whether a terminal shows a bar with the time left (needs rich).
 
     Returns:
         All runs in the order of the grid, whatever order they finished in.
@@ -98,7 +98,7 @@ def transfer_sweep(
     fingerprint = work.fingerprint()
     done = _finished(path, jobs, fingerprint)
     pending = _telling_first([job for job in jobs if job not in done], named)
-    with _bar(len(jobs), len(done), progress) as advance, _appending(path, fingerprint) as append:
+    with bar("training", len(jobs), len(done), show=progress) as advance, _appending(path, fingerprint) as append:
         for run in _run_all(work, pending, executor):
             done[run.job] = run
             append(run)
@@ -309,15 +309,3 @@ def _appending(path: str | Path | None, fingerprint: str) -> Iterator[Callable[[
             write(run.to_json())
 
         yield append
-
-
-@contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[], None]]:
-    if not show:
-        yield lambda: None
-        return
-    progress = needs("rich.progress")
-    columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
-    with progress.Progress(*columns, transient=True) as bar:
-        task = bar.add_task("training", total=total, completed=done)
-        yield lambda: bar.advance(task)
