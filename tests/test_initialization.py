@@ -50,6 +50,31 @@ def test_other_initializations_do_not(model: nn.Module, base: nn.Module, rule: s
         dm.parametrize(model, base=base, example_inputs=X, rule=rule)
 
 
+class Mixed(nn.Module):
+    """One large and many small carriers: their proportion changes with depth, their sizes do not."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.stem, self.inner = nn.Linear(8, 24), nn.ModuleList(nn.Linear(24, 24) for _ in range(depth))
+        self.large, self.small = nn.Linear(24, 24), nn.ModuleList(nn.Linear(24, 24) for _ in range(depth - 1))
+        nn.init.normal_(self.large.weight, std=0.2)
+        for layer in self.small:
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for inner, outer in zip(self.inner, (self.large, *self.small), strict=True):
+            x = x + outer(torch.relu(inner(x)))
+        return x
+
+
+def test_kinds_of_carriers_are_compared_with_their_own() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dm.parametrize(Mixed(8), base=Mixed(2), example_inputs=X)
+
+
 def test_gpt2_warns() -> None:
     import transformers  # not before conftest has made torchvision importable
 
@@ -71,7 +96,8 @@ def test_the_exponent_is_that_of_the_weights_at_any_width(power: float) -> None:
     assert depth_exponent(*groups, Stream(32, 8)) == pytest.approx(power, abs=0.02)
 
 
-def test_what_starts_at_zero_or_has_no_values_has_no_exponent() -> None:
+def test_what_starts_at_zero_or_has_too_few_values_has_no_exponent() -> None:
     zero, one, meta = torch.zeros(3), torch.ones(3), torch.ones(3, device="meta")
-    for groups in (([zero], [one]), ([one], [zero]), ([meta], [one]), ([], [one])):
+    few, many = torch.randn(4, 4), torch.randn(32, 32)
+    for groups in (([zero], [one]), ([one], [zero]), ([meta], [one]), ([], [one]), ([many], [few]), ([few], [many])):
         assert math.isnan(depth_exponent(*groups, Stream(4, 2)))

@@ -80,7 +80,8 @@ def test_folding_follows_the_reparametrization() -> None:
 def test_the_label_of_a_rule_tells_it_from_every_other() -> None:
     assert [rule.label for rule in RULES.values()] == list(RULES)
     assert Rule("mine", alpha=0.75).label == "mine (alpha 0.75)"
-    assert Rule("depth-mup", alpha=1.0, adam=0.5, width=False).label == "depth-mup (alpha 1, adam 0.5, no width)"
+    assert Rule("depth-mup", alpha=1.0, adam=0.5, width=False).label == "depth-mup (alpha 1.0, adam 0.5, no width)"
+    assert Rule("mine", alpha=1 / 3).label != Rule("mine", alpha=0.333333).label
 
 
 def test_slopes_are_those_of_the_theory() -> None:

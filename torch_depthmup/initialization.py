@@ -7,6 +7,7 @@ that is measured to be right then comes on top of another one.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from torch_depthmup.tracing import Branch
 __all__ = ["depth_exponent", "warn_of_shrinking"]
 
 DEEPER = 1.5  # depth ratios below this say nothing about exponents
+ENOUGH = 512  # random entries: their size is then known to 3 %
 SHRINKS = -0.25  # halfway between an initialization that does not know the depth and one that divides by its root
 
 
@@ -44,35 +46,42 @@ def warn_of_shrinking(
     for number, stream in enumerate(streams):
         if not rule.alpha or stream.ratio < DEEPER:
             continue
-        carriers = _carriers(branches, number, ours)
-        exponent = depth_exponent(
-            list(carriers.values()), list(_carriers(base_branches, number, theirs).values()), stream
-        )
-        if exponent < SHRINKS:
-            warnings.warn(
-                f"{next(iter(carriers))}: its initial size falls with depth already, as depth^{exponent:.2f} from the "
-                f"base's (GPT-2's initialization does so), and {rule.name}'s multiplier "
-                f"{rule.branch_multiplier(stream.ratio):.3g} comes on top: branches start smaller than the rule says. "
-                "Initialise them alike at every depth, then parametrize",
-                UserWarning,
-                stacklevel=4,
-            )
+        kinds, base_kinds = _kinds(branches, number, ours), _kinds(base_branches, number, theirs)
+        for kind in (kind for kind in kinds if kind in base_kinds):
+            exponent = depth_exponent(list(kinds[kind].values()), list(base_kinds[kind].values()), stream)
+            if exponent < SHRINKS:
+                _warn(next(iter(kinds[kind])), exponent, rule, stream)
+                break  # once is enough
+
+
+def _warn(name: str, exponent: float, rule: Rule, stream: Stream) -> None:
+    multiplier = f"{rule.branch_multiplier(stream.ratio):.3g}"
+    warnings.warn(
+        f"{name}: its initial size falls with depth already, as depth^{exponent:.2f} from the base's (GPT-2's "
+        f"initialization does so), and {rule.name}'s multiplier {multiplier} comes on top: branches start smaller than "
+        "the rule says. Initialise them alike at every depth, then parametrize",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def depth_exponent(carriers: Sequence[Tensor], base_carriers: Sequence[Tensor], stream: Stream) -> float:
     """With which power of depth initial carriers grow from those of the base: 0 where depth was not thought of.
 
     Args:
-        carriers: of a stream, any shapes. Fan-in initialization of matrices does not count as a change with width.
-        base_carriers: of the same stream in the base.
+        carriers: of a stream and of one kind, any shapes. Fan-in initialization of matrices does not count as a change
+            with width.
+        base_carriers: of the same stream and kind in the base.
         stream: deeper than its base.
 
     Returns:
-        The exponent; nan where carriers start at zero or have no values.
+        The exponent; nan where carriers start at zero, have no values, or too few random ones to tell.
     """
     levels = []
     for group in (carriers, base_carriers):
         if not group or any(carrier.is_meta for carrier in group):
+            return math.nan
+        if group[0].ndim > 1 and sum(carrier.numel() for carrier in group) < ENOUGH:
             return math.nan
         sizes = [float(c.detach().float().norm()) / c.numel() ** (0.25 if c.ndim > 1 else 0.5) for c in group]
         if min(sizes) == 0:
@@ -81,7 +90,10 @@ def depth_exponent(carriers: Sequence[Tensor], base_carriers: Sequence[Tensor], 
     return (levels[0] - levels[1]) / math.log(stream.ratio)
 
 
-def _carriers(branches: Sequence[Branch], stream: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without biases, which start small or at zero of themselves."""
-    names = [name for branch in branches if branch.stream == stream for name in branch.carrier]
-    return {name: parameters[name] for name in names if name in parameters and not name.endswith("bias")}
+def _kinds(branches: Sequence[Branch], stream: int, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Carriers by their names without numbers; no biases, which start small or at zero of themselves."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name in (name for branch in branches if branch.stream == stream for name in branch.carrier):
+        if name in parameters and not name.endswith("bias"):
+            kinds.setdefault(re.sub(r"\d+", "#", name), {})[name] = parameters[name]
+    return kinds

@@ -83,14 +83,14 @@ class Rule:
 
     @property
     def label(self) -> str:
-        """The name, and the exponents of a rule that is not known by it: ``mine (alpha 0.75, correction 0.25)``."""
+        """The name, and all digits of the exponents where it is not known: ``mine (alpha 0.75, correction 0.25)``."""
         if RULES.get(self.name) == self:
             return self.name
         plain = Rule(self.name, self.alpha)
-        told = [f"alpha {self.alpha:g}"]
+        told = [f"alpha {self.alpha!r}"]
         for field in ("correction", "sgd", "adam"):
             if getattr(self, field) != getattr(plain, field):
-                told.append(f"{field} {getattr(self, field):g}")
+                told.append(f"{field} {getattr(self, field)!r}")
         return f"{self.name} ({', '.join(told)}{'' if self.width else ', no width'})"
 
     @property

@@ -60,10 +60,11 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         DepthMuPError: there is none, or one is not an integer.
     """
-    which = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
-    if not which or not all(isinstance(seed, Integral) for seed in which):
+    which = range(int(seeds)) if isinstance(seeds, Integral) else seeds
+    given = list(which) if isinstance(which, Iterable) else []
+    if not given or not all(isinstance(seed, Integral) for seed in given):
         raise DepthMuPError(f"seeds must be how many or which, at least one integer, not {seeds!r}")
-    return [int(seed) for seed in which]
+    return list(dict.fromkeys(map(int, given)))
 
 
 def checked_samples(data: Any, source: str = "data") -> tuple[Any, Tensor]:

@@ -201,7 +201,7 @@ def _batches(data: Any) -> list[tuple[Any, Tensor]]:
 
 def _grid(depths: Sequence[int], widths: Sequence[int] | None, seeds: int | Sequence[int], steps: int) -> list[Point]:
     """Every depth at every width with every seed, the smallest first."""
-    (steps,) = positive_integers("steps", [steps])
+    positive_integers("steps", [steps])
     narrow_first: list[int | None] = [None] if widths is None else [*positive_integers("widths", widths)]
     points = itertools.product(seeds_of(seeds), positive_integers("depths", depths, 2), narrow_first)
     return [(depth, width, seed) for seed, depth, width in points]
