@@ -20,7 +20,7 @@ from torch_depthmup.tracing import Branch
 __all__ = ["depth_exponent", "warn_of_shrinking"]
 
 DEEPER = 1.5  # depth ratios below this say nothing about exponents
-ENOUGH = 512  # random entries: their size is then known to 3 %
+ERROR = 0.08  # of an exponent from random entries: three of these lie between 0 and what counts as shrinking
 SHRINKS = -0.25  # halfway between an initialization that does not know the depth and one that divides by its root
 
 
@@ -77,16 +77,18 @@ def depth_exponent(carriers: Sequence[Tensor], base_carriers: Sequence[Tensor], 
     Returns:
         The exponent; nan where carriers start at zero, have no values, or too few random ones to tell.
     """
-    levels = []
+    levels, variance = [], 0.0
     for group in (carriers, base_carriers):
         if not group or any(carrier.is_meta for carrier in group):
-            return math.nan
-        if group[0].ndim > 1 and sum(carrier.numel() for carrier in group) < ENOUGH:
             return math.nan
         sizes = [float(c.detach().float().norm()) / c.numel() ** (0.25 if c.ndim > 1 else 0.5) for c in group]
         if min(sizes) == 0:
             return math.nan
         levels.append(sum(map(math.log, sizes)) / len(sizes))
+        if group[0].ndim > 1:  # gains start at one and the same value
+            variance += 1 / (2 * sum(carrier.numel() for carrier in group))  # of the log size of normal entries
+    if math.sqrt(variance) > ERROR * math.log(stream.ratio):
+        return math.nan
     return (levels[0] - levels[1]) / math.log(stream.ratio)
 
 
