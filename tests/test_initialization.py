@@ -100,6 +100,5 @@ def test_what_starts_at_zero_or_has_too_few_values_has_no_exponent() -> None:
     zero, one, meta = torch.zeros(3), torch.ones(3), torch.ones(3, device="meta")
     few, many = torch.randn(4, 4), torch.randn(32, 32)
     assert not math.isnan(depth_exponent([many], [few], Stream(64, 2)))  # over a long way a few will do
-    assert not math.isnan(depth_exponent([many], [few], Stream(64, 2)))  # over a long way a few will do
     for groups in (([zero], [one]), ([one], [zero]), ([meta], [one]), ([], [one]), ([many], [few]), ([few], [many])):
         assert math.isnan(depth_exponent(*groups, Stream(4, 2)))
