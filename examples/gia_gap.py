@@ -20,7 +20,7 @@ def main() -> None:
         10
     )
     targets = torch.tensor([1.0, -1.0])
-    for layers, rule in ((1, "depth-mup"), (2, "depth-mup-uncorrected"), (2, "depth-mup"), (2, "complete-p")):
+    for layers, rule in ((1, "depth-mup-corrected"), (2, "depth-mup"), (2, "depth-mup-corrected"), (2, "complete-p")):
         print(f"blocks of {layers}, {rule}, tanh, 4 steps at lr 1")
         for depth in (8, 32, 128):
             gap = gia_gap(

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from torch_depthmup.diagnostics.canonical import Setting
-from torch_depthmup.diagnostics.comparison import measure
-from torch_depthmup.diagnostics.digits import digits
 from torch_depthmup.diagnostics.nfd import simulate
+from torch_depthmup.diagnostics.nfd.comparison import measure
+from torch_depthmup.diagnostics.nfd.setting import Setting
+from torch_depthmup.diagnostics.shared.digits import digits
 from torch_depthmup.rules import get_family, get_rule, predicted_slopes
 
 WIDTHS = {64: 64, 128: 48, 256: 32, 512: 16, 1024: 8, 2048: 3}  # width: seeds
 DEPTHS = (4, 8, 16, 32, 64, 128)
-RULES = ("depth-mup-uncorrected", "depth-mup", "complete-p")
+RULES = ("depth-mup", "depth-mup-corrected", "complete-p")
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from torch_depthmup.diagnostics import transfer_sweep
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.training import Training
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.training import Training
 
 
 def network(depth: int) -> DigitsResNet:
@@ -74,8 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     with executor(options.on) as pool:
         sweep = transfer_sweep(
-            network, train, depths=[4, 16], lrs=[2.0**-i for i in range(5, 11)], rules=["mup", "depth-mup"], seeds=2,
-            example_inputs=digits()[0][:16], executor=pool, path=options.runs,
+            network, train, depths=[4, 16], lrs=[2.0**-i for i in range(5, 11)], seeds=2,
+            rules=["mup", "depth-mup-corrected"], example_inputs=digits()[0][:16], executor=pool, path=options.runs,
         )  # fmt: skip
     for row in sweep.summary():
         print(f"{row['rule']:10} depth {row['depth']:3}: best lr {row['lr']:.4f}, median loss {row['loss']:.6f}")

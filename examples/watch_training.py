@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.coordinates import coordinate_check
-from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.coordinates.check import coordinate_check
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import monitor_figure
 
 SHALLOW, DEEP, LR, STEPS = 4, 32, 1e-3, 40
@@ -57,17 +57,19 @@ def main() -> None:
     x, y = torch.tensor(images, dtype=torch.float32) / 8 - 1, torch.tensor(labels)
 
     watched = {}
-    for rule in ("depth-mup-uncorrected", "depth-mup"):
+    for rule in ("depth-mup", "depth-mup-corrected"):
         shallow, deep = train(SHALLOW, rule, x, y), train(DEEP, rule, x, y)
         print(deep.report(base=shallow), end="\n\n")
         watched[rule] = deep
 
-    check = coordinate_check(resnet, (x[:64], y[:64]), depths=(4, 8, 16, 32), rule="depth-mup", lr=LR, seeds=3)
+    check = coordinate_check(
+        resnet, (x[:64], y[:64]), depths=(4, 8, 16, 32), rule="depth-mup-corrected", lr=LR, seeds=3
+    )
     print(check)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         monitor_figure(watched).savefig(folder / "watched.png", dpi=150)
-        check.figure().savefig(folder / "coordinates.png", dpi=150)
+        dm.diagnostics.plots.coordinate_figure(check).savefig(folder / "coordinates.png", dpi=150)
         print(f"figures in {folder}")
 
 

@@ -48,7 +48,7 @@ def test_help_says_it_all() -> None:
 def test_the_demo_prints_its_table_and_writes_figure_and_runs(tmp_path: Path) -> None:
     result = depthmup("demo", "--depths", "2", "4", "--steps", "5", "--seeds", "2", "--width", "16", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for word in ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p", "L=2", "L=4", "lr of L=2", "best lr"):
+    for word in ("mup", "depth-mup", "depth-mup-corrected", "complete-p", "L=2", "L=4", "lr of L=2", "best lr"):
         assert word in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     out = tmp_path / "depthmup-demo"

@@ -19,7 +19,7 @@ MODULE = """
 import math
 import torch
 from torch import nn
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
 
 def make(depth, width=16):
     return DigitsResNet(depth, width)
@@ -234,7 +234,7 @@ def test_a_warning_takes_one_line_too(here: Path, capsys, tmp_path: Path) -> Non
 def test_the_check_exits_with_its_verdict(here: Path, capsys, tmp_path: Path) -> None:
     check = ["check", "user_net:make", "user_net:data", "--depths", "4", "8", "16", "32", "--width", "64", "--out"]
     assert cli.main([*check, str(tmp_path / "holds.html")]) == 0
-    assert "coordinate check of depth-mup with adam: holds" in capsys.readouterr().out
+    assert "coordinate check of depth-mup-corrected with adam: holds" in capsys.readouterr().out
     page = (tmp_path / "holds.html").read_text()
     assert "Verdict: holds." in page and page.count("<td class=good>holds</td>") == 5
     cli_arguments = [*check, str(tmp_path / "large.html"), "--optimizer", "sgd", "--lr", "1e30", "--steps", "4"]
@@ -242,10 +242,10 @@ def test_the_check_exits_with_its_verdict(here: Path, capsys, tmp_path: Path) ->
 
 
 def test_the_sweep_trains_what_the_demo_trains_and_resumes(here: Path, capsys, tmp_path: Path) -> None:
-    common = ["--depths", "2", "4", "--steps", "4", "--seeds", "2", "--rules", "mup", "depth-mup"]
+    common = ["--depths", "2", "4", "--steps", "4", "--seeds", "2", "--rules", "mup", "depth-mup-corrected"]
     assert cli.main(["demo", *common, "--width", "16", "--out", str(tmp_path / "demo")]) == 0
     demo_said = capsys.readouterr().out
-    digits = "torch_depthmup.diagnostics.digits"
+    digits = "torch_depthmup.diagnostics.shared.digits"
     sweep = ["sweep", f"{digits}:DigitsResNet", f"{digits}:digits", "--width", "16", "--lrs", "2^-12..2^-4", *common]
     sweep += ["--out", str(tmp_path / "sweep.html")]
     assert cli.main(sweep) == 0
@@ -285,7 +285,7 @@ def reports(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        for command in (BRANCHES, PLAN, CHECK, (*SWEEP, "--seeds", "2", "--rules", "mup", "depth-mup")):
+        for command in (BRANCHES, PLAN, CHECK, (*SWEEP, "--seeds", "2", "--rules", "mup", "depth-mup-corrected")):
             arguments = [command[0], "user_net:make", "user_net:data", *command[1:]]
             assert cli.main([*arguments, "--out", str(out / f"{command[0]}.html")]) in (0, 1, 3)
     return out

@@ -16,8 +16,8 @@ from torch_depthmup.optim import SGD, Adam
 
 # Slopes of the table: inner layers' own update, outer layers' own update; residual stream's update as an interval.
 TABLE = {
-    "depth-mup-uncorrected": (-0.5, -0.5, (-0.1, 0.1)),
-    "depth-mup": (0.0, -0.5, (0.25, 0.6)),
+    "depth-mup": (-0.5, -0.5, (-0.1, 0.1)),
+    "depth-mup-corrected": (0.0, -0.5, (0.25, 0.6)),
     "complete-p": (0.0, 0.0, (-0.1, 0.1)),
 }
 
@@ -88,8 +88,8 @@ def test_own_updates_go_with_depth_as_the_table_says(rule: str, optimizer: str) 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_only_the_corrections_price_is_paid_and_it_is_paid(optimizer: str) -> None:
     """The correction restores the inner layers, and the stream's update grows with depth for it."""
-    plain = slopes("depth-mup-uncorrected", optimizer, (4, 8, 16, 32, 64), 64, 3)
-    corrected = slopes("depth-mup", optimizer, (4, 8, 16, 32, 64), 64, 3)
+    plain = slopes("depth-mup", optimizer, (4, 8, 16, 32, 64), 64, 3)
+    corrected = slopes("depth-mup-corrected", optimizer, (4, 8, 16, 32, 64), 64, 3)
     assert corrected[0] - plain[0] == pytest.approx(0.5, abs=0.05)
     assert corrected[1] - plain[1] == pytest.approx(0.0, abs=0.05)
     assert corrected[2] - plain[2] > 0.25

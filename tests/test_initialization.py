@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import torch_depthmup as dm
-from torch_depthmup.initialization import depth_exponent
-from torch_depthmup.plan import Stream
+from torch_depthmup.scaling.initialization import depth_exponent
+from torch_depthmup.scaling.plan import Stream
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +28,7 @@ def stack(depth: int, power: float = 0.0, width: int = 16, block: type[nn.Module
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_an_initialization_that_divides_by_the_root_of_depth_warns(how: str) -> None:
     with pytest.warns(
-        UserWarning, match=r"blocks\.0\.fc2\.weight: .* as depth\^-0\.\d+ .*depth-mup's multiplier 0\.5 comes"
+        UserWarning, match=r"blocks\.0\.fc2\.weight: .* as depth\^-0\.\d+ .*depth-mup-corrected's multiplier 0\.5 comes"
     ) as seen:
         dm.parametrize(stack(32, -0.5), base=stack(8, -0.5), example_inputs=X, how=how)
     assert len(seen) == 1 and seen[0].filename == __file__
@@ -37,10 +37,10 @@ def test_an_initialization_that_divides_by_the_root_of_depth_warns(how: str) -> 
 @pytest.mark.parametrize(
     "model, base, rule",
     [
-        (stack(32), stack(8), "depth-mup"),
-        (stack(32, width=64), stack(4, width=16), "depth-mup"),
+        (stack(32), stack(8), "depth-mup-corrected"),
+        (stack(32, width=64), stack(4, width=16), "depth-mup-corrected"),
         (stack(32, -0.5), stack(8, -0.5), "mup"),  # nothing comes on top
-        (stack(8, -0.5), stack(8, -0.5), "depth-mup"),
+        (stack(8, -0.5), stack(8, -0.5), "depth-mup-corrected"),
         (stack(32, block=blocks.LayerScale), stack(8, block=blocks.LayerScale), "complete-p"),
     ],
 )

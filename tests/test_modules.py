@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torch_depthmup as dm
-from torch_depthmup.modules import BranchMultiplier
+from torch_depthmup.scaling.hooks import BranchMultiplier
 
 
 def branch() -> nn.Sequential:

@@ -53,7 +53,7 @@ def settings_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     }
 
 
-def parametrized(width: int, rule: str = "depth-mup") -> Net:
+def parametrized(width: int, rule: str = "depth-mup-corrected") -> Net:
     model = net(width)
     dm.parametrize(model, base_depth=2, example_inputs=TOKENS, rule=rule)
     return model
@@ -61,7 +61,7 @@ def parametrized(width: int, rule: str = "depth-mup") -> Net:
 
 @pytest.mark.parametrize("kind", sorted(PAIRS))
 @pytest.mark.parametrize("width", [8, 16, 24, 40])
-@pytest.mark.parametrize("rule", ["mup", "depth-mup", "complete-p"])
+@pytest.mark.parametrize("rule", ["mup", "depth-mup-corrected", "complete-p"])
 def test_groups_equal_those_of_mup(kind: str, width: int, rule: str) -> None:
     model, reference = parametrized(width, rule), net(width)
     ours, theirs = (make(m.parameters(), lr=0.1, weight_decay=0.02) for make, m in zip(

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import torch_depthmup as dm
 from torch_depthmup.errors import DepthMuPError, MeasurementError, PlanError
-from torch_depthmup.parametrize import owners
+from torch_depthmup.scaling.registry import owners
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +40,7 @@ def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 @given(
     st.integers(1, 4), st.sampled_from([PreNorm, PostNorm, Gated]), st.sampled_from(["fold", "wrap"]),
-    st.sampled_from(["sp", "mup", "depth-mup-uncorrected", "depth-mup", "complete-p"]),
+    st.sampled_from(["sp", "mup", "depth-mup", "depth-mup-corrected", "complete-p"]),
 )  # fmt: skip
 @settings(max_examples=25)
 def test_nothing_changes_at_the_base(depth: int, block, how: str, rule: str) -> None:
@@ -60,7 +60,9 @@ def test_folding_scales_the_carriers_and_nothing_else() -> None:
         assert torch.equal(tensor, before[name] * 0.5 if name in carriers else before[name])
 
 
-@pytest.mark.parametrize("rule, m", [("depth-mup", 0.5), ("complete-p", 0.25), (dm.Rule("third", alpha=1.5), 0.125)])
+@pytest.mark.parametrize(
+    "rule, m", [("depth-mup-corrected", 0.5), ("complete-p", 0.25), (dm.Rule("third", alpha=1.5), 0.125)]
+)
 def test_fold_and_wrap_compute_the_network_with_explicit_multipliers(rule, m: float) -> None:
     plain, x = build(8).double(), X.double()
     stream = plain.stem(x)
@@ -103,7 +105,7 @@ def test_a_branch_that_is_not_linear_in_its_carrier_is_refused_and_the_model_lef
 
 
 def test_a_wrong_multiplier_is_found_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = sys.modules["torch_depthmup.parametrize"]
+    room = sys.modules["torch_depthmup.scaling.apply"]
     real = room._scaled
     monkeypatch.setattr(room, "_scaled", lambda pairs: real([(parameter, m * 1.001) for parameter, m in pairs]))
     model = build(4)

@@ -13,8 +13,8 @@ from torch import nn
 
 import torch_depthmup as dm
 from torch_depthmup.errors import PlanError
-from torch_depthmup.printing import columns, fold_names
 from torch_depthmup.rules import RULES
+from torch_depthmup.tables import columns, fold_names
 
 
 def plan_at(depth: int, base_depth: int, **options) -> dm.Plan:

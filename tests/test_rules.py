@@ -29,8 +29,8 @@ SGD, ADAM, ADAMW, MUON = (FAMILIES[name] for name in ("sgd", "adam", "adamw", "m
 AT_SIXTEEN = [
     ("sp", 1, 1, 1, 1, 1),
     ("mup", 1, 1, 1, 1, 1),
-    ("depth-mup-uncorrected", 1 / 4, 1, 1, 1 / 4, 1 / 4),
-    ("depth-mup", 1 / 4, 1, 4, 1 / 4, 1),
+    ("depth-mup", 1 / 4, 1, 1, 1 / 4, 1 / 4),
+    ("depth-mup-corrected", 1 / 4, 1, 4, 1 / 4, 1),
     ("complete-p", 1 / 16, 16, 16, 1, 1),
 ]
 
@@ -80,16 +80,19 @@ def test_folding_follows_the_reparametrization() -> None:
 def test_the_label_of_a_rule_tells_it_from_every_other() -> None:
     assert [rule.label for rule in RULES.values()] == list(RULES)
     assert Rule("mine", alpha=0.75).label == "mine (alpha 0.75)"
-    assert Rule("depth-mup", alpha=1.0, adam=0.5, width=False).label == "depth-mup (alpha 1.0, adam 0.5, no width)"
+    assert (
+        Rule("depth-mup-corrected", alpha=1.0, adam=0.5, width=False).label
+        == "depth-mup-corrected (alpha 1.0, adam 0.5, no width)"
+    )
     assert Rule("mine", alpha=1 / 3).label != Rule("mine", alpha=0.333333).label
 
 
 def test_slopes_are_those_of_the_theory() -> None:
     for family in (SGD, ADAM):
-        assert predicted_slopes(RULES["depth-mup-uncorrected"], family) == {
+        assert predicted_slopes(RULES["depth-mup"], family) == {
             "inner": -0.5, "outer": -0.5, "stream": 0, "function": 0,
         }  # fmt: skip
-        assert predicted_slopes(RULES["depth-mup"], family) == {
+        assert predicted_slopes(RULES["depth-mup-corrected"], family) == {
             "inner": 0, "outer": -0.5, "stream": 0.5, "function": 0.5,
         }  # fmt: skip
         assert set(predicted_slopes(RULES["complete-p"], family).values()) == {0}
@@ -112,7 +115,7 @@ def test_own_exponents_are_taken_and_missing_ones_derived() -> None:
         lambda: Rule("x", alpha="0.5"),  # type: ignore[arg-type]
         lambda: get_rule("depthmup"),
         lambda: get_family("lion"),
-        lambda: RULES["depth-mup"].branch_multiplier(0),
+        lambda: RULES["depth-mup-corrected"].branch_multiplier(0),
     ],
 )
 def test_bad_rules_are_refused(build) -> None:
@@ -121,7 +124,7 @@ def test_bad_rules_are_refused(build) -> None:
 
 
 def test_a_wrong_name_lists_the_right_ones() -> None:
-    with pytest.raises(PlanError, match="'depth-mup', 'complete-p'"):
+    with pytest.raises(PlanError, match="'depth-mup-corrected', 'complete-p'"):
         get_rule("depthmup")
 
 

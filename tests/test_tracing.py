@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_depthmup as dm
 from torch_depthmup.errors import AmbiguousBranchError, TracingError
-from torch_depthmup.graph import normalise_name
+from torch_depthmup.running import normalise_name
 
 WIDTH = 8
 

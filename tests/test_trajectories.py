@@ -63,8 +63,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 # rule: alpha, then exponents of the learning rate: SGD outer, SGD inner, Adam outer, Adam inner
 EXPONENTS = {
-    "depth-mup-uncorrected": (0.5, 0.0, 0.0, -0.5, -0.5),
-    "depth-mup": (0.5, 0.0, 0.5, -0.5, 0.0),
+    "depth-mup": (0.5, 0.0, 0.0, -0.5, -0.5),
+    "depth-mup-corrected": (0.5, 0.0, 0.5, -0.5, 0.0),
     "complete-p": (1.0, 1.0, 1.0, 0.0, 0.0),
 }
 

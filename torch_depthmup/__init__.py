@@ -4,10 +4,11 @@ from torch_depthmup import diagnostics
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
 from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, per_group, rescale
-from torch_depthmup.parametrize import parametrize, plan_of, undo
-from torch_depthmup.plan import Plan
 from torch_depthmup.rules import Rule
-from torch_depthmup.tracing import Branch, find_branches
+from torch_depthmup.scaling.apply import parametrize, undo
+from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.registry import plan_of
+from torch_depthmup.tracing.branches import Branch, find_branches
 
 __all__ = [
     "SGD",

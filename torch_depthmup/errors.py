@@ -10,6 +10,8 @@ __all__ = [
     "OptimizerError",
     "PlanError",
     "TracingError",
+    "ignores_depth",
+    "ignores_width",
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["BranchMultiplier", "Residual"]
+__all__ = ["Residual"]
 
 
 class Residual(nn.Module):
@@ -36,26 +36,3 @@ class Residual(nn.Module):
         skip = x if self.shortcut is None else self.shortcut(x)
         value = self.branch(x, *args, **kwargs)
         return (skip + value[0], *value[1:]) if isinstance(value, tuple) else skip + value
-
-
-class BranchMultiplier:
-    """A forward hook that multiplies what a module returns. Pickles, deep-copies, exports and compiles with its module.
-
-    Args:
-        multiplier: the factor.
-        index: which element to multiply where the module returns a tuple or list; of a single tensor, 0.
-    """
-
-    def __init__(self, multiplier: float, index: int = 0):
-        self.multiplier = multiplier
-        self.index = index
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return output * self.multiplier
-        changed = list(output)
-        changed[self.index] = changed[self.index] * self.multiplier
-        return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
-
-    def __repr__(self) -> str:
-        return f"BranchMultiplier({self.multiplier:g})"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_depthmup.errors import OptimizerError
-from torch_depthmup.parametrize import owners, plan_of
-from torch_depthmup.plan import Plan
 from torch_depthmup.rules import FAMILIES, Family, Multipliers, get_family
+from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.registry import owners, plan_of
 
 __all__ = ["SGD", "Adam", "AdamW", "Muon", "optimizer", "per_group", "rescale"]
 

@@ -115,8 +115,8 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule("sp", alpha=0.0, sgd=0.0, adam=0.0, width=False),
         Rule("mup", alpha=0.0, sgd=0.0, adam=0.0),
-        Rule("depth-mup-uncorrected", alpha=0.5),
-        Rule("depth-mup", alpha=0.5, correction=0.5),
+        Rule("depth-mup", alpha=0.5),
+        Rule("depth-mup-corrected", alpha=0.5, correction=0.5),
         Rule("complete-p", alpha=1.0),
     )
 }

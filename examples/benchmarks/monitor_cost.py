@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overhead import resnet50  # noqa: E402  the model both benchmarks share

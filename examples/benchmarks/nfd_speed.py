@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from torch_depthmup.diagnostics.canonical import CanonicalResNet, Setting
 from torch_depthmup.diagnostics.nfd import simulate
+from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
+from torch_depthmup.diagnostics.nfd.setting import Setting
 from torch_depthmup.optim import SGD
-from torch_depthmup.parametrize import parametrize
+from torch_depthmup.scaling.apply import parametrize
 
 SAMPLES = 4
 

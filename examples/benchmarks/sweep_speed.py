@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from torch_depthmup.diagnostics import transfer_sweep
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.training import Training
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.training import Training
 
 
 def network(depth: int) -> DigitsResNet:
@@ -33,7 +33,7 @@ def timed(threads: int | None) -> tuple[float, list[float]]:
     start = time.perf_counter()
     sweep = transfer_sweep(
         network, Training(*digits()), depths=[4, 16, 64], lrs=[2.0**-i for i in range(4, 13)],
-        rules=["mup", "depth-mup"], seeds=2, executor=one, progress=False,
+        rules=["mup", "depth-mup-corrected"], seeds=2, executor=one, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if one is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_depthmup.diagnostics.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
+from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
 from torch_depthmup.errors import DepthMuPError
 
 

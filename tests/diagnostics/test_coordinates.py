@@ -13,8 +13,8 @@ from canonical import SMALL, Canonical, samples
 from torch import Tensor, nn
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.coordinates import CoordinateCheck, coordinate_check
-from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.diagnostics.coordinates.check import CoordinateCheck, coordinate_check
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import coordinate_figure, monitor_figure
 from torch_depthmup.errors import DepthMuPError, MeasurementError, PlanError
 from torch_depthmup.optim import Adam
@@ -22,7 +22,7 @@ from torch_depthmup.optim import Adam
 DEPTHS = (4, 16, 64)
 
 
-def check(rule: str = "depth-mup", optimizer: str | Callable = "adam", **options) -> CoordinateCheck:
+def check(rule: str = "depth-mup-corrected", optimizer: str | Callable = "adam", **options) -> CoordinateCheck:
     given = {"depths": DEPTHS, "base_depth": 1, "steps": 2, "seeds": 2} | options
     lr = SMALL[optimizer] if isinstance(optimizer, str) else 1.0
     return coordinate_check(given.pop("make", Canonical), samples(), rule=rule, optimizer=optimizer, lr=lr, **given)
@@ -30,8 +30,8 @@ def check(rule: str = "depth-mup", optimizer: str | Callable = "adam", **options
 
 # Slopes of log size in log depth as the theory's simulations measured them; ranges by their middle.
 THEORY = {
-    "depth-mup-uncorrected": {"branch": -0.5, "inner": -0.5, "outer": -0.5, "stream": 0.0, "function": 0.0},
-    "depth-mup": {"branch": -0.5, "inner": 0.0, "outer": -0.5, "stream": 0.42, "function": 0.43},
+    "depth-mup": {"branch": -0.5, "inner": -0.5, "outer": -0.5, "stream": 0.0, "function": 0.0},
+    "depth-mup-corrected": {"branch": -0.5, "inner": 0.0, "outer": -0.5, "stream": 0.42, "function": 0.43},
     "complete-p": {"branch": -1.0, "inner": 0.0, "outer": 0.0, "stream": 0.0, "function": 0.0},
 }
 WIDE = pytest.param((4, 8, 16, 32, 64, 128, 256), 256, marks=pytest.mark.evidence)
@@ -70,7 +70,7 @@ def by_hand(optimizer: str, multiplier: float, inner: float, outer: float) -> Co
         ]
         return {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](groups)
 
-    return check("depth-mup", make, family=optimizer, prepare=prepare, seeds=3)
+    return check("depth-mup-corrected", make, family=optimizer, prepare=prepare, seeds=3)
 
 
 RIGHT = {"sgd": (-0.5, 0.5, 0.0), "adam": (-0.5, 0.0, -0.5)}
@@ -287,7 +287,7 @@ def kinds(monitor: FeatureMonitor, **options) -> set[str]:
 
 
 def test_a_collapse_is_found_measured_and_explained() -> None:
-    base, deep = run(4, "depth-mup-uncorrected"), run(64, "depth-mup-uncorrected")
+    base, deep = run(4, "depth-mup"), run(64, "depth-mup")
     (stage,) = [stage for stage in deep.report(base).stages if stage.role == "inner"]
 
     def own(monitor: FeatureMonitor) -> float:
@@ -299,7 +299,7 @@ def test_a_collapse_is_found_measured_and_explained() -> None:
     assert finding.where == "blocks"
     assert finding.text == (
         f"inner layers of blocks learn {1 / stage.factor:.2g}x less than at depth 4: collapse, as predicted for "
-        "depth-mup-uncorrected (4x); rule depth-mup repairs it"
+        "depth-mup (4x); rule depth-mup-corrected repairs it"
     )
     assert "healthy" not in kinds(deep, base=base)
     assert kinds(deep, base=base.frame()) == kinds(deep, base=base)
@@ -318,7 +318,7 @@ class TwoStreams(nn.Module):
 @pytest.mark.parametrize("out, kept, depths", [("one", "two", (12, 3)), ("two", "one", (4, 2))])
 def test_stages_that_a_plan_leaves_out_have_no_prediction(out: str, kept: str, depths: tuple[int, int]) -> None:
     model, x = TwoStreams(4, 12), torch.randn(4, 8)
-    dm.parametrize(model, base=TwoStreams(2, 3), example_inputs=x, rule="depth-mup-uncorrected", exclude=[f"{out}.*"])
+    dm.parametrize(model, base=TwoStreams(2, 3), example_inputs=x, rule="depth-mup", exclude=[f"{out}.*"])
     monitor = FeatureMonitor(model, x)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -335,13 +335,15 @@ def test_stages_that_a_plan_leaves_out_have_no_prediction(out: str, kept: str, d
 
 
 def test_without_a_base_run_the_prediction_is_called_one() -> None:
-    (finding,) = [f for f in run(64, "depth-mup-uncorrected").report().findings if f.kind == "collapse"]
+    (finding,) = [f for f in run(64, "depth-mup").report().findings if f.kind == "collapse"]
     assert "predicted, not measured" in finding.text
 
 
 def test_a_repaired_collapse_is_told_with_its_price() -> None:
-    (finding,) = [f for f in run(64, "depth-mup").report(run(4, "depth-mup")).findings if f.kind == "repaired"]
-    assert "repaired by depth-mup" in finding.text
+    (finding,) = [
+        f for f in run(64, "depth-mup-corrected").report(run(4, "depth-mup-corrected")).findings if f.kind == "repaired"
+    ]
+    assert "repaired by depth-mup-corrected" in finding.text
     assert "the price: the residual stream's update grows as depth^0.5, up to 4x here" in finding.text
     (finding,) = [f for f in run(64, "complete-p").report(run(4, "complete-p")).findings if f.kind == "repaired"]
     assert "price" not in finding.text
@@ -349,14 +351,17 @@ def test_a_repaired_collapse_is_told_with_its_price() -> None:
 
 def test_a_plan_that_the_optimizer_ignores_is_not_called_repaired() -> None:
     plain = torch.optim.SGD
-    deep, base = run(64, "depth-mup", lr=1e-3, optimizer=plain), run(4, "depth-mup", lr=1e-3, optimizer=plain)
+    deep, base = (
+        run(64, "depth-mup-corrected", lr=1e-3, optimizer=plain),
+        run(4, "depth-mup-corrected", lr=1e-3, optimizer=plain),
+    )
     report = deep.report(base, family="sgd")
     (finding,) = [finding for finding in report.findings if finding.kind == "collapse"]
-    assert "not predicted for depth-mup: check that the optimizer" in finding.text
+    assert "not predicted for depth-mup-corrected: check that the optimizer" in finding.text
 
 
 def test_an_explosion_is_found_in_sizes_and_in_numbers_that_are_not_finite() -> None:
-    assert "exploding" in kinds(run(16, "depth-mup", lr=1.0))
+    assert "exploding" in kinds(run(16, "depth-mup-corrected", lr=1.0))
     model, x = Canonical(4), samples()[0]
     monitor = FeatureMonitor(model, x)
     with torch.no_grad():
@@ -404,9 +409,9 @@ def test_lazy_training_is_found() -> None:
 
 
 def test_healthy_training_is_healthy_and_an_untrained_network_is_not_judged() -> None:
-    base = run(4, "depth-mup")
+    base = run(4, "depth-mup-corrected")
     assert kinds(base) == {"healthy"}
-    assert kinds(run(16, "depth-mup"), base=base) == {"healthy", "repaired"}
+    assert kinds(run(16, "depth-mup-corrected"), base=base) == {"healthy", "repaired"}
     fresh = FeatureMonitor(Canonical(4), samples()[0])
     fresh.record(0)
     assert kinds(fresh) == {"untrained"}
@@ -415,9 +420,9 @@ def test_healthy_training_is_healthy_and_an_untrained_network_is_not_judged() ->
 
 
 def test_a_report_prints_predicted_beside_measured() -> None:
-    text = str(run(16, "depth-mup-uncorrected").report(run(4, "depth-mup-uncorrected")))
+    text = str(run(16, "depth-mup").report(run(4, "depth-mup")))
     (inner,) = [line for line in text.splitlines() if line.startswith("blocks") and " inner " in line]
-    assert "-0.50" in inner and "0.5x" in inner and "rule depth-mup-uncorrected" in text
+    assert "-0.50" in inner and "0.5x" in inner and "rule depth-mup" in text
     assert all(len(line) <= 200 for line in text.splitlines())
 
 
@@ -431,7 +436,7 @@ def test_the_coordinate_figure_draws_the_rules_slope_through_the_data() -> None:
     assert len(top) == len(result.slopes)
     for axis, slope in zip(top, result.slopes, strict=True):
         assert axis.get_xscale() == axis.get_yscale() == "log"
-        (guide,) = [line for line in axis.lines if str(line.get_label()).startswith("depth-mup ")]
+        (guide,) = [line for line in axis.lines if str(line.get_label()).startswith("depth-mup-corrected ")]
         x, y = (np.log(np.asarray(values, float)) for values in guide.get_data())
         assert np.polyfit(x, y, 1)[0] == pytest.approx(slope.predicted, abs=1e-9)
     assert len(figure.subfigs[1].axes) == 3
@@ -455,7 +460,7 @@ def test_the_coordinate_figure_of_a_grid_has_a_row_for_widths() -> None:
 
 
 def test_the_monitor_figure_draws_a_line_for_each_layer() -> None:
-    monitor = run(6, "depth-mup")
+    monitor = run(6, "depth-mup-corrected")
     inner, outer, stream = monitor_figure({"depth 6": monitor}).axes[:3]
     assert len(inner.lines) == len(outer.lines) == len(stream.lines) == 6
     row = [r for r in monitor.rows if r["layer"] == "blocks.0.outer.weight"]

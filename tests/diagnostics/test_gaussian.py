@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_depthmup.diagnostics.gaussian import GaussianMatrix, Noise
+from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
 
 
 @given(

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from torch_depthmup.diagnostics.canonical import Setting
-from torch_depthmup.diagnostics.kernels import dual_kernels, first_order_change, initial_kernels, tangent_kernel
-from torch_depthmup.diagnostics.limits import infinite_depth, returns
 from torch_depthmup.diagnostics.nfd import simulate
+from torch_depthmup.diagnostics.nfd.kernels import dual_kernels, first_order_change, initial_kernels, tangent_kernel
+from torch_depthmup.diagnostics.nfd.limits import infinite_depth, returns
+from torch_depthmup.diagnostics.nfd.setting import Setting
 from torch_depthmup.errors import DepthMuPError
 
 X = torch.nn.functional.normalize(torch.randn(3, 10, generator=torch.Generator().manual_seed(0))) * math.sqrt(10)
@@ -26,7 +26,7 @@ def test_exact_kernels_are_those_of_quadrature(name: str, callable_) -> None:
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "silu", "erf"])
 def test_kernels_are_means_over_gaussians(name: str) -> None:
-    from torch_depthmup.diagnostics.activations import derivative, get_activation
+    from torch_depthmup.diagnostics.nfd.activations import derivative, get_activation
 
     generator = torch.Generator().manual_seed(1)
     u = torch.randn(400_000, 3, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(COVARIANCE).T
@@ -67,7 +67,7 @@ def test_the_linear_tangent_kernel_is_e_or_e_minus_one(coupling, limit: float) -
 
 
 @pytest.mark.parametrize("block_layers", [1, 2])
-@pytest.mark.parametrize("rule", ["depth-mup-uncorrected", "depth-mup", "complete-p"])
+@pytest.mark.parametrize("rule", ["depth-mup", "depth-mup-corrected", "complete-p"])
 @pytest.mark.parametrize("coupling", ["reused", "decoupled"])
 def test_first_order_change_is_the_first_step_of_the_simulation(block_layers, rule: str, coupling) -> None:
     common = {"depth": 8, "steps": 1, "lr": 0.02, "block_layers": block_layers, "rule": rule, "base_depth": 2}

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.monitor import COLUMNS, FeatureMonitor
-from torch_depthmup.diagnostics.probing import signed_sum
-from torch_depthmup.diagnostics.writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
+from torch_depthmup.diagnostics.monitor.probe import signed_sum
+from torch_depthmup.diagnostics.monitor.recording import COLUMNS, FeatureMonitor
+from torch_depthmup.diagnostics.monitor.writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
 from torch_depthmup.errors import MeasurementError
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.canonical import CanonicalResNet
-from torch_depthmup.diagnostics.comparison import compare, measure
 from torch_depthmup.diagnostics.nfd import NFDResult, Setting, gia_gap, memory_estimate, simulate
+from torch_depthmup.diagnostics.nfd.comparison import compare, measure
+from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
 from torch_depthmup.errors import DepthMuPError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_initial_moments_grow_as_the_closed_form(activation: str, rate: float) -
     torch.testing.assert_close(gradient / gradient[-1], grown.flip(0), rtol=0.05, atol=0)
 
 
-RULES = ["depth-mup-uncorrected", "depth-mup", "complete-p", "mup"]
+RULES = ["depth-mup", "depth-mup-corrected", "complete-p", "mup"]
 
 
 @pytest.mark.parametrize("block_layers", [1, 2])
@@ -155,14 +155,14 @@ def test_seeds_in_a_batch_are_seeds_alone() -> None:
 def test_collapse_and_its_repair() -> None:
     """Inner layers' own update at depth 4 and 64: 1/4 uncorrected, unchanged corrected."""
     sizes = {}
-    for rule in ("depth-mup-uncorrected", "depth-mup"):
+    for rule in ("depth-mup", "depth-mup-corrected"):
         sizes[rule] = [
             float(simulate(X, Y, depth=depth, base_depth=4, steps=1, lr=0.05, block_layers=2, rule=rule, width=2000)
                   .mean("inner_own")[-1].mean())
             for depth in (4, 64)
         ]  # fmt: skip
-    assert sizes["depth-mup-uncorrected"][1] / sizes["depth-mup-uncorrected"][0] == pytest.approx(1 / 4, rel=0.15)
-    assert sizes["depth-mup"][1] / sizes["depth-mup"][0] == pytest.approx(1, rel=0.15)
+    assert sizes["depth-mup"][1] / sizes["depth-mup"][0] == pytest.approx(1 / 4, rel=0.15)
+    assert sizes["depth-mup-corrected"][1] / sizes["depth-mup-corrected"][0] == pytest.approx(1, rel=0.15)
 
 
 # Results
@@ -262,7 +262,7 @@ def test_figures_have_their_panels() -> None:
 @pytest.mark.evidence
 @pytest.mark.parametrize("block_layers", [1, 2])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("rule", ["depth-mup-uncorrected", "depth-mup", "complete-p"])
+@pytest.mark.parametrize("rule", ["depth-mup", "depth-mup-corrected", "complete-p"])
 def test_wide_dense_networks_agree(block_layers, activation: str, rule: str) -> None:
     common = {"depth": 8, "steps": 3, "lr": 1.0, "activation": activation, "block_layers": block_layers, "rule": rule,
               "base_depth": 2}  # fmt: skip

@@ -9,8 +9,10 @@ from statistics import fmean, stdev
 import pytest
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.optima import Estimate, Job, Run, Sweep
 from torch_depthmup.diagnostics.plots import transfer_figure
+from torch_depthmup.diagnostics.transfer.optimum import Estimate
+from torch_depthmup.diagnostics.transfer.result import Sweep
+from torch_depthmup.diagnostics.transfer.runs import Job, Run
 
 
 def parabola(

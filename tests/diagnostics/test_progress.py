@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torch_depthmup.diagnostics.progress import bar
+from torch_depthmup.diagnostics.shared.progress import bar
 
 
 def run(capsys: pytest.CaptureFixture[str], **options) -> tuple[str, str]:

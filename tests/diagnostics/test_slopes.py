@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from torch_depthmup.diagnostics.slopes import fit, mean_slope, slope
+from torch_depthmup.diagnostics.coordinates.slopes import fit, mean_slope, slope
 from torch_depthmup.errors import MeasurementError
 
 X = [1.0, 2.0, 3.5, 4.0]

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.optima import Run
-from torch_depthmup.diagnostics.training import Training
-from torch_depthmup.diagnostics.transfer import transfer_sweep
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.training import Training
+from torch_depthmup.diagnostics.transfer.runs import Run
+from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 
-GRID = {"depths": [2, 4], "lrs": [0.001, 0.01], "rules": ["mup", "depth-mup"], "seeds": 2, "progress": False}
+GRID = {"depths": [2, 4], "lrs": [0.001, 0.01], "rules": ["mup", "depth-mup-corrected"], "seeds": 2, "progress": False}
 
 
 def small(depth: int) -> nn.Module:
@@ -54,7 +54,7 @@ def test_a_sweep_is_the_loop_written_by_hand() -> None:
         base = None if run.job.rule == "mup" else 2
         dm.parametrize(model, base_depth=base, example_inputs=X, rule=run.job.rule)
         assert training()(model, run.job.lr, run.job.seed) == run.loss
-    assert len(sweep.runs) == 16 and sweep.rules == ["mup", "depth-mup"]
+    assert len(sweep.runs) == 16 and sweep.rules == ["mup", "depth-mup-corrected"]
     assert len(sweep.frame()) == 16
 
 
@@ -114,9 +114,9 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.training import Training
-from torch_depthmup.diagnostics.transfer import transfer_sweep
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.training import Training
+from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 
 def network(depth):
     return DigitsResNet(depth, 8)
@@ -124,7 +124,7 @@ def network(depth):
 if __name__ == "__main__":
     sweep = transfer_sweep(
         network, Training(*digits(), steps=5, batch_size=16), depths=[2, 4], lrs=[0.001, 0.01, 0.1, 1.0],
-        rules=["mup", "depth-mup"], seeds=4, path=sys.argv[1], progress=False,
+        rules=["mup", "depth-mup-corrected"], seeds=4, path=sys.argv[1], progress=False,
     )
     print(sweep.frame().drop(columns="seconds").to_csv())
 """
@@ -266,14 +266,14 @@ def a_list(depth: int) -> nn.Module:
 @pytest.mark.parametrize(
     "factory, message",
     [
-        (always_two, "depth-mup at depth 4: the factory gives 2 residual branches at depth 2 and at depth 4"),
-        (a_list, "depth-mup at depth 4: the factory returned list, not an nn.Module"),
+        (always_two, "depth-mup-corrected at depth 4: the factory gives 2 residual branches at depth 2 and at depth 4"),
+        (a_list, "depth-mup-corrected at depth 4: the factory returned list, not an nn.Module"),
         (lambda depth: small(depth), "cannot import make_model or train.*ThreadPoolExecutor"),
     ],
 )
 def test_factories_that_will_not_do_are_named(factory, message: str) -> None:
     with pytest.raises(dm.DepthMuPError, match=message):
-        transfer_sweep(factory, training(), **{**GRID, "rules": ["depth-mup"]})
+        transfer_sweep(factory, training(), **{**GRID, "rules": ["depth-mup-corrected"]})
 
 
 def failing(model: nn.Module, lr: float, seed: int) -> float:
@@ -294,7 +294,7 @@ def test_what_goes_wrong_in_training_names_its_run() -> None:
 
 UNGUARDED = """
 from torch_depthmup.diagnostics import transfer_sweep
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
 
 def network(depth):
     return DigitsResNet(depth, 8)
@@ -340,9 +340,9 @@ def test_data_may_be_a_dict_and_the_loss_is_that_of_evaluation_mode() -> None:
 
 
 def test_a_factory_without_branches_is_named() -> None:
-    with pytest.raises(dm.DepthMuPError, match="depth-mup at depth .: .*no residual branches"):
+    with pytest.raises(dm.DepthMuPError, match="depth-mup-corrected at depth .: .*no residual branches"):
         transfer_sweep(
-            plain, here, **{**GRID, "rules": ["depth-mup"]}, example_inputs=X, executor=ThreadPoolExecutor(1)
+            plain, here, **{**GRID, "rules": ["depth-mup-corrected"]}, example_inputs=X, executor=ThreadPoolExecutor(1)
         )
 
 

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torch_depthmup.commands import sources
-from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.commands import page, sources
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import initial_figure
-from torch_depthmup.graph import normalise_name
-from torch_depthmup.printing import Table, columns, fold_names
-from torch_depthmup.tracing import Branch
+from torch_depthmup.running import normalise_name
+from torch_depthmup.tables import Table, columns, fold_names
+from torch_depthmup.tracing.branches import Branch
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "branch_rows", "parameter_rows", "run"]
 
 DESCRIPTION = """\
 Builds the network at one depth, finds its residual branches on one forward pass of the first samples, prints them, and
@@ -48,23 +47,23 @@ def run(options: argparse.Namespace) -> int:
     branches, parameters = branch_rows(monitor.branches), parameter_rows(monitor.branches, model)
     print("\n".join([summary, "", *columns(*branches), "", *columns(*parameters)]))
     blocks = [
-        html.paragraph(f"{summary}, found on one forward pass of {sources.EXAMPLES} samples."),
-        html.figure(
+        page.paragraph(f"{summary}, found on one forward pass of {sources.EXAMPLES} samples."),
+        page.figure(
             lambda: initial_figure({f"depth {options.depth}": monitor}),
             "Root mean squares along the network at initialization, as the factory built it: the residual stream after "
             "each addition, and what each branch adds.",
         ),
-        html.heading("Branches"),
-        html.named_table(*branches),
-        html.heading("Their parameters"),
-        html.named_table(*parameters),
-        html.paragraph(
+        page.heading("Branches"),
+        page.named_table(*branches),
+        page.heading("Their parameters"),
+        page.named_table(*parameters),
+        page.paragraph(
             "Inner parameters come before a branch's last weight operation, outer ones belong to it. A branch is "
             "linear in its carrier, into which a multiplier can be folded.",
             quiet=True,
         ),
     ]
-    sources.write(options.out, html.page(f"Residual branches of {options.model}", blocks, command=options.command_line))
+    sources.write(options.out, page.page(f"Residual branches of {options.model}", blocks, command=options.command_line))
     print(f"\nreport: {options.out}")
     return 0
 

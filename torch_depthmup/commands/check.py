@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from torch_depthmup.commands import sources
-from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.coordinates import CoordinateCheck, coordinate_check
-from torch_depthmup.diagnostics.slopes import QUANTITIES
-from torch_depthmup.diagnostics.training import OPTIMIZERS
-from torch_depthmup.printing import number
+from torch_depthmup.commands import page, sources
+from torch_depthmup.diagnostics.coordinates.check import CoordinateCheck, coordinate_check
+from torch_depthmup.diagnostics.coordinates.slopes import QUANTITIES
+from torch_depthmup.diagnostics.plots import coordinate_figure
+from torch_depthmup.diagnostics.shared.training import OPTIMIZERS
 from torch_depthmup.rules import RULES
+from torch_depthmup.tables import number
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at least two; the least is the base",
     )
     parser.add_argument("--widths", type=sources.positive, nargs="+", metavar="N", help="to check the width as well")
-    parser.add_argument("--rule", choices=sorted(RULES), default="depth-mup", help="default: depth-mup")
+    parser.add_argument(
+        "--rule", choices=sorted(RULES), default="depth-mup-corrected", help="default: depth-mup-corrected"
+    )
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam", help="default: adam")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the base (default 0.001)")
     parser.add_argument("--steps", type=sources.positive, default=3, metavar="N", help="training steps (default 3)")
@@ -55,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
         seeds=options.seeds, progress=True,
     )  # fmt: skip
     print(check)
-    page = html.page(f"Coordinate check of {options.model}", _blocks(check, options), command=options.command_line)
-    sources.write(options.out, page)
+    text = page.page(f"Coordinate check of {options.model}", _blocks(check, options), command=options.command_line)
+    sources.write(options.out, text)
     print(f"\nreport: {options.out}")
     return EXIT[check.verdict]
 
@@ -74,26 +76,26 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     points = sorted(next(iter(sizes.values())), key=lambda point: (point[0], point[1] or 0, point[2]))
     grid = f"depths {_listed(options.depths)}{f', widths {_listed(options.widths)}' if options.widths else ''}"
     return [
-        html.paragraph(
+        page.paragraph(
             f"Rule {check.rule.name} with {options.optimizer} at learning rate {options.lr:g}, {options.steps} steps, "
             f"{options.seeds} seeds, {grid}. Verdict: {check.verdict}."
         ),
-        html.listing(check.mistakes),
-        html.table(("quantity", "verdict", "axis", "slope", "95 % interval", "rule"), rows),
-        html.figure(
-            check.figure,
+        page.listing(check.mistakes),
+        page.table(("quantity", "verdict", "axis", "slope", "95 % interval", "rule"), rows),
+        page.figure(
+            lambda: coordinate_figure(check),
             f"Sizes against depth{' and width' if options.widths else ''}: marks are seeds, lines their means, dashed "
             "lines the rule's slopes. Last row: along the network. Depth is colour.",
         ),
-        html.heading("Sizes"),
-        html.table(
+        page.heading("Sizes"),
+        page.table(
             ("depth", "width", "seed", *sizes),
             [
                 (f"{d}", f"{w or options.width or '–'}", f"{s}", *(number(of[d, w, s]) for of in sizes.values()))
                 for d, w, s in points
             ],
         ),
-        html.paragraph(
+        page.paragraph(
             "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ".",
             quiet=True,
         ),

@@ -7,8 +7,8 @@ import shutil
 from statistics import fmean, stdev
 from typing import Any
 
-from torch_depthmup.diagnostics.extras import needs
-from torch_depthmup.diagnostics.optima import Sweep
+from torch_depthmup.diagnostics.shared.extras import needs
+from torch_depthmup.diagnostics.transfer.result import Sweep
 
 __all__ = ["table", "terminal"]
 

@@ -13,12 +13,11 @@ from typing import Any
 from torch_depthmup.commands.console import table, terminal
 from torch_depthmup.commands.sources import positive
 from torch_depthmup.commands.sweep import COMPARED
-from torch_depthmup.diagnostics.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.optima import Sweep
 from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
-from torch_depthmup.diagnostics.sweep_text import reading
-from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
-from torch_depthmup.diagnostics.transfer import transfer_sweep
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, Training
+from torch_depthmup.diagnostics.transfer.result import Sweep, reading
+from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 from torch_depthmup.rules import RULES
 
 __all__ = ["add_arguments", "run"]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from torch_depthmup.diagnostics.activations import ACTIVATIONS
-from torch_depthmup.diagnostics.canonical import Setting
-from torch_depthmup.diagnostics.comparison import compare, measure
-from torch_depthmup.diagnostics.digits import digits
-from torch_depthmup.diagnostics.extras import needs
-from torch_depthmup.diagnostics.simulation import SIZES, memory_estimate, simulate
+from torch_depthmup.diagnostics.nfd.activations import ACTIVATIONS
+from torch_depthmup.diagnostics.nfd.comparison import compare, measure
+from torch_depthmup.diagnostics.nfd.result import SIZES
+from torch_depthmup.diagnostics.nfd.setting import Setting
+from torch_depthmup.diagnostics.nfd.simulate import memory_estimate, simulate
+from torch_depthmup.diagnostics.shared.digits import digits
+from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.rules import RULES
 
 __all__ = ["add_arguments", "run"]
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-depth", type=int, default=4, help="depth of the base that the rule scales from (default 4)"
     )
     parser.add_argument("--block-layers", type=int, choices=(1, 2), default=2, help="layers of a block (default 2)")
-    parser.add_argument("--rule", choices=sorted(RULES), default="depth-mup", help="default: depth-mup")
+    parser.add_argument(
+        "--rule", choices=sorted(RULES), default="depth-mup-corrected", help="default: depth-mup-corrected"
+    )
     parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="tanh", help="default: tanh")
     parser.add_argument(
         "--lr", type=float, default=1.0, help="learning rate of the base, in units of the width (default 1)"

@@ -6,14 +6,13 @@ import argparse
 
 import torch
 
-from torch_depthmup.commands import sources
-from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.monitor import FeatureMonitor
+from torch_depthmup.commands import page, sources
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import initial_figure
 from torch_depthmup.errors import DepthMuPError, ignores_depth
-from torch_depthmup.parametrize import parametrize
-from torch_depthmup.printing import branch_rows, parameter_rows
 from torch_depthmup.rules import RULES
+from torch_depthmup.scaling.apply import parametrize
+from torch_depthmup.scaling.plan import branch_rows, parameter_rows
 
 __all__ = ["add_arguments", "run"]
 
@@ -33,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base-depth", type=sources.positive, required=True, metavar="L", help="that of the base")
     parser.add_argument("--base-width", type=sources.positive, metavar="N", help="the base's width (default: the same)")
-    parser.add_argument("--rule", choices=sorted(RULES), default="depth-mup", help="default: depth-mup")
+    parser.add_argument(
+        "--rule", choices=sorted(RULES), default="depth-mup-corrected", help="default: depth-mup-corrected"
+    )
     parser.add_argument("--how", choices=("fold", "wrap"), default="fold", help="default: fold")
 
 
@@ -57,23 +58,23 @@ def run(options: argparse.Namespace) -> int:
     ]
     branches, parameters = branch_rows(plan), parameter_rows(plan)
     blocks = [
-        html.paragraph(
+        page.paragraph(
             f"Rule {plan.rule.name}, how={plan.how!r}: {len(plan.branches)} branches, {len(plan.entries)} parameters. "
             "The multipliers were measured on the network after they were set."
         ),
-        html.table(("stream", "depth", "base depth", "ratio", "branch multiplier"), streams),
-        html.figure(
+        page.table(("stream", "depth", "base depth", "ratio", "branch multiplier"), streams),
+        page.figure(
             lambda: initial_figure(seen),
             "Root mean squares along the network at initialization: the residual stream after each addition, and what "
             "each branch adds, for the base, for the network as the factory built it, and under the rule.",
         ),
-        html.heading("Branches"),
-        html.named_table(*branches),
-        html.heading("Parameters"),
-        html.named_table(*parameters),
-        html.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
+        page.heading("Branches"),
+        page.named_table(*branches),
+        page.heading("Parameters"),
+        page.named_table(*parameters),
+        page.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
     ]
-    sources.write(options.out, html.page(f"Plan for {options.model}", blocks, command=options.command_line))
+    sources.write(options.out, page.page(f"Plan for {options.model}", blocks, command=options.command_line))
     print(f"\nreport: {options.out}")
     return 0
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_depthmup.diagnostics.arguments import checked_samples
-from torch_depthmup.diagnostics.training import take
+from torch_depthmup.diagnostics.shared.arguments import checked_samples
+from torch_depthmup.diagnostics.shared.training import take
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["EXAMPLES", "Factory", "add_sources", "batches", "data", "examples", "factory", "positive", "write"]

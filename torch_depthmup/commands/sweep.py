@@ -6,14 +6,12 @@ import argparse
 import math
 from pathlib import Path
 
-from torch_depthmup.commands import sources
+from torch_depthmup.commands import page, sources
 from torch_depthmup.commands.console import table, terminal
-from torch_depthmup.diagnostics import html
-from torch_depthmup.diagnostics.optima import Sweep
 from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
-from torch_depthmup.diagnostics.sweep_text import cells, reading
-from torch_depthmup.diagnostics.training import OPTIMIZERS, Training
-from torch_depthmup.diagnostics.transfer import transfer_sweep
+from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, Training
+from torch_depthmup.diagnostics.transfer.result import Sweep, cells, reading
+from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 from torch_depthmup.rules import RULES
 
 __all__ = ["COMPARED", "add_arguments", "learning_rates", "run"]
@@ -24,7 +22,7 @@ each core. Prints where the best learning rate is at each depth, how far it move
 writes a page. Each finished run is kept at once: the same command takes up a sweep that was stopped."""
 
 EPILOG = "example: depthmup sweep my_net:make my_net:data --depths 4 16 --lrs 2^-12..2^-4"
-COMPARED = ("mup", "depth-mup-uncorrected", "depth-mup", "complete-p")
+COMPARED = ("mup", "depth-mup", "depth-mup-corrected", "complete-p")
 MOST = 1000  # learning rates in one range: beyond it is a slip
 
 
@@ -88,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
     console = terminal()
     console.print(table(sweep))
     console.print(reading(sweep))
-    page = html.page(f"Learning-rate transfer of {options.model}", _blocks(sweep), command=options.command_line)
-    sources.write(options.out, page)
+    text = page.page(f"Learning-rate transfer of {options.model}", _blocks(sweep), command=options.command_line)
+    sources.write(options.out, text)
     console.print(f"report {options.out}, runs {runs}")
     return 0
 
@@ -99,25 +97,25 @@ def _blocks(sweep: Sweep) -> list[str]:
     diverged = sum(run.diverged for run in sweep.runs)
     seconds = sum(run.seconds for run in sweep.runs)
     return [
-        html.paragraph(reading(sweep)),
-        html.figure(
+        page.paragraph(reading(sweep)),
+        page.figure(
             lambda: transfer_figure(sweep),
             "Loss after training against the learning rate. The line is the median over seeds, dots are seeds; it "
             "ends where the median run diverged. A ring marks each depth's best learning rate, the dotted line the one "
             f"tuned at depth {base}.",
         ),
-        html.figure(
+        page.figure(
             lambda: drift_figure(sweep),
             f"Left, how the fitted optimum moves, with standard errors. Right, the loss with the learning rate of "
             f"depth {base} (solid) and with the best one (dashed): the gap is the regret.",
         ),
-        html.heading("Optima"),
-        html.named_table(*cells(sweep)),
-        html.paragraph(
+        page.heading("Optima"),
+        page.named_table(*cells(sweep)),
+        page.paragraph(
             "* at the edge of the grid: the optimum may lie beyond it. log2 lr is the vertex of a robust parabola. "
             "Losses are medians over seeds; ± is a standard error (jackknife over seeds for vertex and move, paired "
             "differences for the regret). Edge is the smallest learning rate at which a run diverged.",
             quiet=True,
         ),
-        html.paragraph(f"{len(sweep.runs)} runs, {diverged} of them diverged; {seconds:.0f} s of work.", quiet=True),
+        page.paragraph(f"{len(sweep.runs)} runs, {diverged} of them diverged; {seconds:.0f} s of work.", quiet=True),
     ]

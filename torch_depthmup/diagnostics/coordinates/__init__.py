@@ -1,0 +1,1 @@
+"""Coordinate checks: short runs over a grid, slopes against the rule's."""

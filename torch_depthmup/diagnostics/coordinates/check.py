@@ -1,0 +1,306 @@
+"""Coordinate check: trains briefly over a grid of depths and widths, and holds log-log slopes against the rule's.
+
+The slopes are taken in `slopes.py`; what a broken one probably means stands in `mistakes.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_depthmup import rules
+from torch_depthmup.diagnostics.coordinates import mistakes
+from torch_depthmup.diagnostics.coordinates.slopes import AXES, QUANTITIES, Point, Slope, Verdict, fit, slope
+from torch_depthmup.diagnostics.monitor.recording import COLUMNS, FeatureMonitor
+from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integers, seeds_of
+from torch_depthmup.diagnostics.shared.extras import frame
+from torch_depthmup.diagnostics.shared.progress import bar
+from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, default_loss, own_random_state, take
+from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth, ignores_width
+from torch_depthmup.rules import Family, Rule, get_family, get_rule
+from torch_depthmup.running import call
+from torch_depthmup.scaling.apply import parametrize
+
+__all__ = ["CoordinateCheck", "EXAMPLES", "coordinate_check"]
+
+EXAMPLES = 4  # samples that branches are found with
+PROBE = 32  # samples of the first batch that are looked at
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """What `coordinate_check` found. ``print`` it; `frame` is tidy; `plots.coordinate_figure` draws it.
+
+    Args:
+        rule: the rule that was checked.
+        family: the optimizer's family.
+        slopes: one for each quantity that the model has and each axis with at least two values.
+        mistakes: what is wrong, in words; empty where all holds.
+        rows: the monitor's rows with ``width``, ``relative_depth`` and ``seed``; step 0 is before training.
+    """
+
+    rule: Rule
+    family: Family
+    slopes: tuple[Slope, ...]
+    mistakes: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...] = field(repr=False)
+
+    def frame(self) -> Any:
+        """The rows as a tidy pandas data frame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame(self.rows, ("width", "total_depth", "relative_depth", "seed", *COLUMNS))
+
+    @cached_property
+    def _sizes(self) -> dict[str, dict[Point, float]]:
+        return _all_sizes(self.rows)
+
+    def sizes(self, quantity: str) -> dict[Point, float]:
+        """A quantity by (depth, width, seed), as its slopes are taken of it.
+
+        Args:
+            quantity: a key of `QUANTITIES`.
+        """
+        return dict(self._sizes[quantity])
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"broken"`` if any slope is, ``"holds"`` if all do."""
+        verdicts = {slope.verdict for slope in self.slopes}
+        return "broken" if "broken" in verdicts else "holds" if verdicts == {"holds"} else "cannot tell"
+
+    def __str__(self) -> str:
+        lines = [f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}"]
+        lines.append(f"  {'':32}{'axis':>6} {'slope':>7} {'95 % interval':>18} {'rule':>8}  verdict")
+        for s in self.slopes:
+            interval = f"[{s.low:+.2f}, {s.high:+.2f}]"
+            words = QUANTITIES[s.quantity]
+            lines.append(f"  {words:32}{s.axis:>6} {s.measured:+7.2f} {interval:>18} {s.prediction:>8}  {s.verdict}")
+        return "\n".join([*lines, *(f"  wrong: {mistake}" for mistake in self.mistakes)])
+
+
+def coordinate_check(
+    make_model: Callable[..., nn.Module],
+    data: Any,
+    *,
+    depths: Sequence[int],
+    widths: Sequence[int] | None = None,
+    base_depth: int | None = None,
+    rule: str | Rule = "depth-mup-corrected",
+    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer] = "adam",
+    lr: float = 1e-3,
+    family: str | Family | None = None,
+    steps: int = 3,
+    seeds: int | Sequence[int] = 3,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    prepare: Callable[[nn.Module, nn.Module], Any] | None = None,
+    tolerance: float = 0.15,
+    progress: bool = False,
+) -> CoordinateCheck:
+    """Trains briefly at each depth (and width), and holds the slopes of what moved against the rule's exponents.
+
+    Args:
+        make_model: ``depth -> model``, or ``(depth, width) -> model`` with ``widths``; called under a fixed seed.
+        data: ``(inputs, targets)``, or a list of such batches, which are cycled through.
+        depths: at least two values; what they count is the factory's affair, as long as streams grow in proportion.
+        widths: values of the width, each trained at each depth; slopes in width are checked where there are two.
+        base_depth: what to call the factory with for the base; the default is the smallest of ``depths``. The narrowest
+            width is the base's.
+        rule: the rule that should hold.
+        optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the model that makes one.
+        lr: learning rate at the base for a named optimizer. The theory speaks of small ones.
+        family: the family of ``optimizer`` where that is a function.
+        steps: training steps before the updates are measured.
+        seeds: how many, or which. Their scatter gives the confidence intervals.
+        loss: ``(output, targets) -> scalar``; the default is cross-entropy for integer targets, else mean squares.
+        prepare: ``(model, base) -> anything``: one's own code for the rule in place of `parametrize`.
+        tolerance: how far from the rule's exponent a slope still counts as holding.
+        progress: whether a terminal shows a bar with the time left (needs rich).
+
+    Returns:
+        The slopes, verdicts and mistakes.
+
+    Raises:
+        MeasurementError: a factory that ignores depth or width, or values that are not finite.
+        DepthMuPError: fewer than two depths or other wrong arguments, and as raised by `parametrize`.
+
+    Source: the coordinate check of arXiv 2203.03466, appendix D.1, in depth; exponents from `rules.predicted_slopes`.
+    """
+    rule, kind = get_rule(rule), _family(optimizer, family)
+    batches = _batches(data)
+    grid = _grid(depths, widths, seeds, steps)
+    make_optimizer = optimizer if callable(optimizer) else _named(optimizer, lr)
+    prepare = prepare or _parametrize(rule, take(batches[0][0], slice(EXAMPLES)), widths is not None)
+    rows: list[dict[str, Any]] = []
+    found: dict[int, int] = {}
+    with own_random_state(), bar("checking", len(grid), show=progress) as advance:
+        _check_width(make_model, grid)
+        base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
+        for depth, width, seed in grid:
+            model = _made(make_model, depth, width, seed)
+            prepare(model, base)
+            monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
+            _check_depth(found, depth, len(monitor.branches))
+            _train(model, make_optimizer(model), batches, steps, loss, monitor)
+            rows += [_row(row, depth, width, seed) for row in monitor.rows]
+            monitor.close()
+            advance()
+    sizes = _all_sizes(rows)
+    slopes = tuple(_slopes(sizes, rule, kind, tolerance))
+    wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT]))
+    return CoordinateCheck(rule, kind, slopes, tuple(wrong), tuple(rows))
+
+
+# Training on the grid
+
+
+def _family(optimizer: Any, family: str | Family | None) -> Family:
+    if family is not None:
+        return get_family(family)
+    if callable(optimizer):
+        raise MeasurementError("optimizer is a function: say which rule holds for it, family='sgd' or family='adam'")
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(map(repr, OPTIMIZERS))
+        raise MeasurementError(
+            f"optimizer={optimizer!r} is not known. Write one of {known}, or a function of the model"
+        )
+    return get_family(optimizer)
+
+
+def _named(optimizer: str, lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: OPTIMIZERS[optimizer](model, lr=lr)
+
+
+def _parametrize(rule: Rule, example_inputs: Any, over_widths: bool) -> Callable[[nn.Module, nn.Module], Any]:
+    if rule.scales_depth or over_widths:
+        return lambda model, base: parametrize(model, base=base, rule=rule, example_inputs=example_inputs)
+    return lambda model, base: parametrize(model, rule=rule)
+
+
+def _batches(data: Any) -> list[tuple[Any, Tensor]]:
+    pairs = data if isinstance(data, list) else [data]
+    if not pairs:
+        raise DepthMuPError("data must be (inputs, targets), or a list of such batches: the list is empty")
+    return [checked_samples(pair) for pair in pairs]
+
+
+def _grid(depths: Sequence[int], widths: Sequence[int] | None, seeds: int | Sequence[int], steps: int) -> list[Point]:
+    """Every depth at every width with every seed, the smallest first."""
+    positive_integers("steps", [steps])
+    narrow_first: list[int | None] = [None] if widths is None else [*positive_integers("widths", widths)]
+    points = itertools.product(seeds_of(seeds), positive_integers("depths", depths, 2), narrow_first)
+    return [(depth, width, seed) for seed, depth, width in points]
+
+
+def _made(make_model: Callable[..., nn.Module], depth: int, width: int | None, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = make_model(depth) if width is None else make_model(depth, width)
+    if not isinstance(model, nn.Module):
+        raise MeasurementError(f"the factory returned {type(model).__name__} at depth {depth}, not an nn.Module")
+    return model
+
+
+def _check_depth(found: dict[int, int], depth: int, branches: int) -> None:
+    found[depth] = branches
+    for other, count in found.items():
+        if other != depth and count == branches:
+            raise MeasurementError(ignores_depth(branches, other, depth))
+
+
+def _check_width(make_model: Callable[..., nn.Module], grid: list[Point]) -> None:
+    shallow, narrow, wider = grid[0][0], grid[0][1], grid[1][1]
+    if narrow is None or wider is None or narrow == wider:
+        return
+    models = [_made(make_model, shallow, width, seed=0) for width in (narrow, wider)]
+    if len({tuple(parameter.shape for parameter in model.parameters()) for model in models}) == 1:
+        raise MeasurementError(ignores_width(narrow, wider))
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Any, Tensor]],
+    steps: int,
+    loss: Callable[[Any, Tensor], Tensor] | None,
+    monitor: FeatureMonitor,
+) -> None:
+    model.train()
+    monitor.record(0)
+    for step in range(steps):
+        inputs, targets = batches[step % len(batches)]
+        optimizer.zero_grad()
+        value = (loss or default_loss)(call(model, inputs), targets)
+        if not value.isfinite():
+            depth = max(branch.depth for branch in monitor.branches)
+            raise MeasurementError(
+                f"the loss is {value.item()} in step {step + 1} of the network with {depth} residual additions. Use a "
+                "smaller lr, or a rule that scales depth"
+            )
+        value.backward()
+        optimizer.step()
+    monitor.record(steps)
+
+
+def _row(row: dict[str, Any], depth: int, width: int | None, seed: int) -> dict[str, Any]:
+    relative = (row["position"] + 1) / row["depth"] if row["depth"] else math.nan
+    return {"width": width, "total_depth": depth, "relative_depth": relative, "seed": seed, **row}
+
+
+# Slopes
+
+GRADIENT = "gradient"  # in the residual stream at initialization, which the rules take to be the same at every depth
+
+
+def _all_sizes(rows: Iterable[dict[str, Any]]) -> dict[str, dict[Point, float]]:
+    """By quantity and network. A quantity that a network does not have is not there."""
+    groups: dict[Point, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["total_depth"], row["width"], row["seed"]), []).append(row)
+    found: dict[str, dict[Point, float]] = {}
+    for point, group in groups.items():
+        for quantity, size in _sizes(group).items():
+            found.setdefault(quantity, {})[point] = size
+    return found
+
+
+def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The quantities of one network: root mean squares over its layers, or the ends of its streams."""
+    last = max(row["step"] for row in rows)
+    begun = [row for row in rows if row["step"] == 0 and row["kind"] == "stream"]
+    end = [row for row in rows if row["step"] == last]
+    layers = {role: [r["own"] / r["folded"] for r in end if r["role"] == role] for role in ("inner", "outer")}
+    values = {
+        "branch": [r["added"] for r in begun],
+        **layers,
+        "stream": [r["update"] for r in end if r["kind"] == "stream" and r["position"] == r["depth"] - 1],
+        "function": [r["update"] for r in end if r["kind"] == "function"],
+        GRADIENT: [r["gradient"] for r in begun],
+    }
+    return {name: math.sqrt(sum(v * v for v in given) / len(given)) for name, given in values.items() if given}
+
+
+def _slopes(sizes: dict[str, dict[Point, float]], rule: Rule, family: Family, tolerance: float) -> Iterator[Slope]:
+    """In depth what the rule says; in width, where it scales width, nothing that training does depends on it."""
+    predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family)}
+    for quantity in QUANTITIES:
+        given = sizes.get(quantity, {})
+        for place, axis in enumerate(AXES):
+            checked = axis == "depth" or (rule.width and quantity != "branch")
+            if checked and len({point[place] for point in given}) > 1:
+                yield slope(axis, quantity, given, predicted[quantity] if axis == "depth" else 0.0, tolerance)
+
+
+def _gradient_slope(sizes: dict[Point, float]) -> float:
+    """In depth; nan where gradients vanish or overflow, which says nothing about a rule."""
+    if not all(0 < size < math.inf for size in sizes.values()):
+        return math.nan
+    return fit("depth", sizes)[0]

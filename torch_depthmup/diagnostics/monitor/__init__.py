@@ -1,0 +1,1 @@
+"""Watches features while a network trains."""

@@ -1,0 +1,33 @@
+"""Neural Feature Dynamics (arXiv 2512.21075): predict the training of very wide residual networks.
+
+`simulate` trains the canonical network at any width without its matrices, `simulate_like` a user's own; `gia_gap`,
+`infinite_depth`, `returns` and the closed forms say what follows; `CanonicalResNet` is the network as a module.
+"""
+
+from torch_depthmup.diagnostics.nfd.gia import GIAGap, gia_gap
+from torch_depthmup.diagnostics.nfd.kernels import first_order_change, initial_kernels, tangent_kernel
+from torch_depthmup.diagnostics.nfd.like import simulate_like
+from torch_depthmup.diagnostics.nfd.limits import DepthLimit, Returns, infinite_depth, returns
+from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
+from torch_depthmup.diagnostics.nfd.result import NFDResult
+from torch_depthmup.diagnostics.nfd.setting import Scales, Setting
+from torch_depthmup.diagnostics.nfd.simulate import memory_estimate, simulate
+
+__all__ = [
+    "CanonicalResNet",
+    "DepthLimit",
+    "GIAGap",
+    "NFDResult",
+    "Returns",
+    "Scales",
+    "Setting",
+    "first_order_change",
+    "gia_gap",
+    "infinite_depth",
+    "initial_kernels",
+    "memory_estimate",
+    "returns",
+    "simulate",
+    "simulate_like",
+    "tangent_kernel",
+]

@@ -1,0 +1,1 @@
+"""Learning-rate sweeps over depth, and what they say."""

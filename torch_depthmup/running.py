@@ -1,0 +1,191 @@
+"""Runs a model of someone else's and leaves no trace: modes, buffers, caches, random states; unwraps it and its names.
+
+Knows tensors and modules, and nothing of branches, plans or rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import random
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_depthmup.errors import MeasurementError
+
+__all__ = [
+    "call",
+    "exact_matrix_products",
+    "fresh",
+    "has_batch_statistics",
+    "is_sharded",
+    "main_output",
+    "normalise_name",
+    "quiet",
+    "tensors_in",
+    "unwrap",
+]
+
+
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under ``torch.compile``, DDP and DataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def normalise_name(name: str) -> str:
+    """A parameter's name without what wrappers and parametrizations add to it."""
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix).replace("." + prefix, ".")
+    return re.sub(r"\.?parametrizations\.([^.]+)\.original(\d*)$", _parametrized, name)
+
+
+def _parametrized(match: re.Match[str]) -> str:
+    dot = "." if match.group(0).startswith(".") else ""
+    return f"{dot}{match.group(1)}" + (f".{match.group(2)}" if match.group(2) else "")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter's values are spread over processes (FSDP, tensor parallelism)."""
+    return type(parameter.data).__name__ in ("DTensor", "FlatParameter", "ShardedTensor")
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """The model on example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, mappings, dataclasses and plain objects."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, tuple | list):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not inspect.isroutine(value):
+        items = vars(value).values()
+    for item in items:
+        yield from tensors_in(item, seen)
+
+
+def fresh(value: Any) -> Any:
+    """Copies of the example inputs that autograd follows and in-place operations may overwrite."""
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()  # a copy of an inference tensor is an ordinary one
+        return copy.requires_grad_().clone() if copy.is_floating_point() or copy.is_complex() else copy
+    if isinstance(value, Mapping):
+        return {key: fresh(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(fresh, value))
+    return type(value)(map(fresh, value)) if isinstance(value, tuple | list) else value
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
+    """Evaluation mode with gradients; mode, buffers, RNG and ``requires_grad`` come back as they were.
+
+    Args:
+        model: any module.
+        batch_statistics: normalise by the batch instead of by the running statistics, which at initialization are
+            those of no data at all and let deep networks overflow.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    python_state = random.getstate()
+    indices = [d.index for d in devices if d.index is not None and d.type == "cuda"]
+    try:
+        for module, _ in modes:
+            module.training = batch_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in frozen:
+            parameter.requires_grad_()
+        with (
+            torch.random.fork_rng(devices=indices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer
+            # What has not changed is not written to, since a graph may wait for its backward pass. (A version counter
+            # does not tell: batch norm writes its running statistics past it.)
+            if buffer is not None and saved is not None and not torch.equal(buffer, saved):
+                with torch.no_grad():
+                    buffer.copy_(saved)
+        random.setstate(python_state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+def has_batch_statistics(model: nn.Module, inputs: Any) -> bool:
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return False
+    try:
+        with quiet(model, batch_statistics=True), torch.no_grad():
+            call(model, fresh(inputs))
+    except ValueError:  # "Expected more than 1 value per channel when training"
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def exact_matrix_products() -> Iterator[None]:
+    """Without TF32, whose rounding would hide what is measured."""
+    saved = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that stands for the function: ``logits`` where there are any, else the first floating one."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    candidates = [logits] if isinstance(logits, Tensor) else tensors_in(output)
+    for tensor in candidates:
+        if tensor.is_floating_point() and tensor.ndim > 0:
+            return tensor
+    raise MeasurementError("the model returned no floating-point tensor with a batch dimension. Return its outputs")

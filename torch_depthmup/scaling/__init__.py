@@ -1,0 +1,1 @@
+"""Traced branches -> plan -> scaled model."""

@@ -1,0 +1,96 @@
+"""The multiplier of ``how="wrap"``: a forward hook on the module that returns a branch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_depthmup.errors import PlanError
+from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.tracing.branches import Trace
+
+__all__ = ["BranchMultiplier", "hang", "hooked", "take_off"]
+
+
+class BranchMultiplier:
+    """A forward hook that multiplies what a module returns. Pickles, deep-copies, exports and compiles with its module.
+
+    Args:
+        multiplier: the factor.
+        index: which element to multiply where the module returns a tuple or list; of a single tensor, 0.
+    """
+
+    def __init__(self, multiplier: float, index: int = 0):
+        self.multiplier = multiplier
+        self.index = index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output * self.multiplier
+        changed = list(output)
+        changed[self.index] = changed[self.index] * self.multiplier
+        return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
+
+    def __repr__(self) -> str:
+        return f"BranchMultiplier({self.multiplier:g})"
+
+
+@contextlib.contextmanager
+def hooked(model: nn.Module, plan: Plan, found: Trace) -> Iterator[None]:
+    try:
+        hang(model, plan, found)
+        yield
+    finally:
+        take_off(model)
+
+
+def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value."""
+    if plan.how != "wrap":
+        return
+    targets: dict[str, tuple[float, int]] = {}
+    for i, branch in enumerate(plan.branches):
+        m = plan.branch_multiplier(branch)
+        if m != 1.0:
+            for name, index in _targets(model, found, i):
+                if targets.setdefault(name, (m, index)) != (m, index):
+                    raise PlanError(
+                        f"{name} returns branches with different multipliers. Give each branch a module of its own"
+                    )
+    for name, (m, index) in targets.items():
+        model.get_submodule(name).register_forward_hook(BranchMultiplier(m, index))
+
+
+def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
+    """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches."""
+    branch = found.branches[i]
+    users: dict[str, int] = {}
+    for groups in found.producers:
+        for name in {name for group in groups for name, _, _ in group}:
+            users[name] = users.get(name, 0) + 1
+
+    def preference(target: tuple[str, int]) -> tuple[bool, bool, bool]:
+        name = target[0]
+        return users[name] > 1, name != branch.name, not any(True for _ in model.get_submodule(name).parameters())
+
+    targets = []
+    for group in found.producers[i] or ((),):
+        fit = [(name, index) for name, _, index in group if users[name] == found.calls[name]]
+        if not fit:
+            raise PlanError(
+                f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "
+                f"{branch.stream}, and of nothing else, so there is nothing to wrap. Use how='fold', or write the "
+                "block with dm.Residual(branch)"
+            )
+        targets.append(min(fit, key=preference))
+    return targets
+
+
+def take_off(model: nn.Module) -> None:
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, BranchMultiplier):
+                del module._forward_hooks[key]

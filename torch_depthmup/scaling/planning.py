@@ -1,0 +1,198 @@
+"""Traced branches and a base -> a plan; and the refusals where none can be made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from torch_depthmup.errors import PlanError
+from torch_depthmup.rules import Role, Rule, Width
+from torch_depthmup.scaling.plan import How, Plan, PlannedParameter, Stream
+from torch_depthmup.tracing.branches import Branch, Trace
+
+__all__ = ["make_plan", "match_streams", "streams_at"]
+
+
+def streams_at(branches: Sequence[Branch], base_depth: int | None) -> tuple[Stream, ...]:
+    """The streams with a base depth given as a number; ``None`` is the depth itself.
+
+    Raises:
+        PlanError: the number is not a positive integer, is larger than the depth, or is given for several streams.
+    """
+    depths = {branch.stream: branch.depth for branch in branches}
+    if base_depth is None:
+        return tuple(Stream(depths[i], depths[i]) for i in sorted(depths))
+    if isinstance(base_depth, bool) or not isinstance(base_depth, int) or base_depth < 1:
+        raise PlanError(f"base_depth must be a positive integer, the number of residual additions, not {base_depth!r}")
+    if len(set(depths.values())) > 1:
+        raise PlanError(
+            f"the model has {len(depths)} residual streams of depths {[depths[i] for i in sorted(depths)]}, so one "
+            "base_depth does not say which. Pass the shallow model: base=small_model"
+        )
+    for depth in depths.values():
+        if base_depth > depth:
+            raise PlanError(
+                f"base_depth={base_depth} is deeper than the model, whose stream has {depth} residual additions. "
+                "base_depth counts additions (a transformer layer has two); the base is the model one tunes on"
+            )
+    return tuple(Stream(depths[i], base_depth) for i in sorted(depths))
+
+
+def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[Stream, ...]:
+    """The streams beside those of a base model.
+
+    Raises:
+        PlanError: the base has other streams or other kinds of branches, or is deeper.
+    """
+    if not base:
+        raise PlanError("the base model has no residual branches. Pass the shallow model of the same family")
+    ours, theirs = _kinds(branches), _kinds(base)
+    if len(ours) != len(theirs):
+        raise PlanError(
+            f"the model has {len(ours)} residual streams and the base {len(theirs)}: another family. Build both with "
+            "the same code, so that every stage has at least one residual block in the base"
+        )
+    streams = []
+    for i, (kinds, base_kinds) in enumerate(zip(ours, theirs, strict=True)):
+        if {kind[1:] for kind in kinds} != {kind[1:] for kind in base_kinds} or not kinds & base_kinds:
+            unlike = sorted(f"{name or 'root'} ({levels} levels)" for name, levels in kinds ^ base_kinds)
+            raise PlanError(f"stream {i}: the base is of another family; only one of the two has {', '.join(unlike)}")
+        depth, base_depth = (next(b.depth for b in group if b.stream == i) for group in (branches, base))
+        if base_depth > depth:
+            raise PlanError(
+                f"stream {i}: the base is deeper ({base_depth} residual additions) than the model ({depth}). The base "
+                "is the shallow model one tunes on; swap the two"
+            )
+        streams.append(Stream(depth, base_depth))
+    return tuple(streams)
+
+
+def _kinds(branches: Sequence[Branch]) -> list[set[tuple[str, int]]]:
+    """For each stream the kinds of its branches: names without numbers, and levels."""
+    count = max((branch.stream for branch in branches), default=-1) + 1
+    return [{(re.sub(r"\d+", "", b.name), b.levels) for b in branches if b.stream == i} for i in range(count)]
+
+
+def make_plan(
+    model: nn.Module,
+    trace: Trace,
+    streams: tuple[Stream, ...],
+    rule: Rule,
+    how: How = "fold",
+    *,
+    widths: Mapping[str, Width] | None = None,
+    scales: Mapping[str, float] | None = None,
+    readouts: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan for a traced model. Changes nothing, and works on ``meta``.
+
+    Args:
+        model: the traced model.
+        trace: what `tracing.trace` returned for it.
+        streams: depths and base depths, from `streams_at` or `match_streams`.
+        rule: the exponents.
+        how: ``"fold"`` or ``"wrap"``.
+        widths: each parameter's dimensions beside its base's.
+        scales: width's factors on values at initialization.
+        readouts: width's forward multipliers, folded into readouts.
+
+    Raises:
+        PlanError: a scaled branch shares its weights with others, contains another scaled stream, has no carrier to
+            fold into, or has siblings that the example inputs did not reach.
+    """
+    active = rule.scales_depth and any(stream.ratio != 1 for stream in streams)
+    if active:
+        _refuse_shared(trace, streams)
+        _refuse_nested(trace, streams)
+        _refuse_unreached(model, trace)
+        if how == "fold":
+            _refuse_without_carrier(trace, streams, rule)
+    places: dict[str, tuple[Role, Branch]] = {}
+    folded: dict[str, float] = {}
+    for branch in trace.branches:
+        places.update({name: ("inner", branch) for name in branch.inner})
+        places.update({name: ("outer", branch) for name in branch.outer})
+        if how == "fold":
+            multiplier = rule.branch_multiplier(streams[branch.stream].ratio)
+            folded.update(dict.fromkeys(branch.carrier, multiplier))
+    entries = []
+    for name, _ in model.named_parameters():
+        place = places.get(name)
+        role: Role = place[0] if place else "outside"
+        branch_ = place[1] if place else None
+        ratio = streams[branch_.stream].ratio if branch_ else 1.0
+        readout = (readouts or {}).get(name, 1.0)
+        factor = folded.get(name, 1.0) * readout
+        entries.append(
+            PlannedParameter(
+                name=name,
+                role=role,
+                branch=branch_.name if branch_ else None,
+                depth_ratio=ratio,
+                folded=factor,
+                scale=factor * (scales or {}).get(name, 1.0),
+                width=(widths or {}).get(name),
+                reason=_reason(name, role, branch_, streams, trace),
+            )
+        )
+    return Plan(rule, how, streams, trace.branches, tuple(entries))
+
+
+def _reason(name: str, role: Role, branch: Branch | None, streams: tuple[Stream, ...], trace: Trace) -> str:
+    if branch is None:
+        if name in trace.shared:
+            return f"shared by the branches {', '.join(trace.shared[name][:4])}: depth multiplier 1"
+        if name not in trace.reached:
+            return "not reached by the example inputs: depth multiplier 1"
+        return "outside every residual branch, or used by several: depth multiplier 1"
+    stream = streams[branch.stream]
+    where = (
+        f"branch {branch.name or 'of the model'} ({branch.position + 1} of {stream.depth}, base {stream.base_depth})"
+    )
+    if role == "inner":
+        return f"before the outer weight operation of {where}"
+    carries = "; it carries the branch" if name in branch.carrier else ""
+    return f"at or after the outer weight operation of {where}{carries}"
+
+
+def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
+    for name, users in trace.shared.items():
+        raise PlanError(
+            f"{name} is used by {len(users)} branches ({', '.join(users[:4])}) or by a branch and the rest of the "
+            "network: with tied weights no rule gives its learning rate. Untie it, or leave these branches alone: "
+            f"exclude={sorted({user.partition('#')[0] or '*' for user in users})[:4]}"
+        )
+
+
+def _refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
+    for i, inside in enumerate(trace.contains):
+        outer = trace.branches[i]
+        if inside and streams[outer.stream].ratio != 1:
+            raise PlanError(
+                f"{outer.name}: the branch contains {len(inside)} residual branches of its own, such as "
+                f"{trace.branches[inside[0]].name}, and both depths change. Scale one of the two: "
+                f"exclude=['{outer.name}'], or a base in which the outer depth is the same"
+            )
+
+
+def _refuse_unreached(model: nn.Module, trace: Trace) -> None:
+    inside = {re.sub(r"\d+", "{}", name): b for b in trace.branches for name in (*b.inner, *b.outer)}
+    for name, _ in model.named_parameters(remove_duplicate=True):
+        branch = inside.get(re.sub(r"\d+", "{}", name))
+        if name not in trace.reached and branch is not None:
+            raise PlanError(
+                f"{name} was not reached by the example inputs, while its like lies in branch {branch.name}. Pass "
+                "example inputs that reach every part of the network (for a mixture of experts, more tokens)"
+            )
+
+
+def _refuse_without_carrier(trace: Trace, streams: tuple[Stream, ...], rule: Rule) -> None:
+    for branch in trace.branches:
+        if not branch.carrier and rule.branch_multiplier(streams[branch.stream].ratio) != 1:
+            raise PlanError(
+                f"{branch.name}: the branch is not linear in its last parameters (a gate, an activation or a "
+                "reparametrized weight comes last), so its multiplier cannot be folded. Write how='wrap', or "
+                f"exclude=['{branch.name.partition('#')[0] or '*'}']"
+            )

@@ -1,0 +1,1 @@
+"""Model -> traced residual branches. Knows no rule."""

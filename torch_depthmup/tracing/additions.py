@@ -1,0 +1,211 @@
+"""Which additions of a graph are residual, and where their branches start.
+
+An addition is residual when one operand is computed from the other (identity skip), or when both are computed from
+the same data and one of them takes a short linear way (projection skip).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch_depthmup.errors import TracingError
+from torch_depthmup.tracing.graph import Graph
+from torch_depthmup.tracing.operations import LINEAR, NORM
+from torch_depthmup.tracing.parameters import Parts
+
+__all__ = ["ResidualAddition", "nearest_additions", "residual_additions"]
+
+
+@dataclass
+class ResidualAddition:
+    """A candidate: the addition's node, its operands, and the node that the branch starts from."""
+
+    node: int
+    branch: int
+    skip: int
+    start: int  # what the branch is computed from; the skip itself, but for `(x + a) + f` and projections
+    projection: bool = False
+    parts: Parts = field(default_factory=Parts)
+
+
+def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[ResidualAddition], list[int]]:
+    """The residual additions in forward order, and the sums that may or may not be."""
+    masks = _Masks.of(graph)
+    candidates: dict[int, ResidualAddition] = {}
+    doubtful: list[int] = []
+    waiting = dict(declared)
+    for node, kind in enumerate(graph.kind):
+        operands = [i for i in graph.inputs[node] if i >= 0]
+        if not kind.startswith(("AddBackward", "SubBackward")) or len(set(operands)) != 2 or not graph.data[node]:
+            continue
+        found = _declared(graph, node, operands, waiting) or _candidate(graph, node, operands, candidates, masks)
+        if isinstance(found, ResidualAddition):
+            candidates[node] = found
+        elif found == "doubtful":
+            doubtful.append(node)
+    if waiting:
+        raise TracingError(
+            f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
+            "anything. Name the module whose output is an operand of the addition"
+        )
+    accepted = _accept(graph, candidates, set(declared))
+    doubtful = [
+        node
+        for node in doubtful
+        if not any(_is_inside(graph, node, r) or _is_beside(graph, node, r.node) for r in accepted)
+    ]
+    return accepted, doubtful
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Bit sets over the nodes of a graph."""
+
+    weights: int
+    nonlinear: int
+    data: int
+
+    @staticmethod
+    def of(graph: Graph) -> _Masks:
+        weights = nonlinear = data = 0
+        for i, kind in enumerate(graph.kind):
+            if not graph.data[i]:
+                continue
+            data |= 1 << i
+            if graph.is_weight_operation[i]:
+                weights |= 1 << i
+            product = kind.startswith(("MulBackward", "DivBackward")) and len(graph.data_inputs(i)) > 1
+            plain = graph.is_weight_operation[i] or LINEAR.match(kind) or NORM.match(kind) or kind == "AccumulateGrad"
+            if product or not (plain or len(graph.data_inputs(i)) == 0):
+                nonlinear |= 1 << i
+        return _Masks(weights, nonlinear, data)
+
+
+def _candidate(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | Literal["doubtful"] | None:
+    if graph.is_scalar[node]:
+        return None
+    for skip, branch in (operands, operands[::-1]):
+        if graph.reaches(branch, skip):
+            between = graph.ancestors[branch] & ~graph.ancestors[skip]
+            # A parameter that many additions use is an embedding or a bias; one that a single addition uses may be
+            # the start of a stream, such as the latents of a Perceiver.
+            used = graph.data[skip] or sum(graph.kind[i].startswith("Add") for i in graph.consumers[skip]) == 1
+            return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else None
+    if not all(graph.data[i] for i in operands):
+        return None
+    climbed = _sum_of_branches(graph, node, operands, candidates, masks)
+    return climbed or _short_way(graph, node, operands, masks)
+
+
+def _sum_of_branches(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | None:
+    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is."""
+    for skip, branch in (operands, operands[::-1]):
+        start, climbed = skip, False
+        while start in candidates and not graph.reaches(branch, start):
+            start, climbed = candidates[start].start, True
+        between = graph.ancestors[branch] & ~graph.ancestors[start]
+        if climbed and graph.reaches(branch, start) and between & masks.weights:
+            return ResidualAddition(node, branch, skip, start)
+    return None
+
+
+def _short_way(
+    graph: Graph, node: int, operands: list[int], masks: _Masks
+) -> ResidualAddition | Literal["doubtful"] | None:
+    """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
+    first, second = operands
+    if not graph.ancestors[first] & graph.ancestors[second] & masks.data:
+        return None
+    only = [graph.ancestors[a] & ~graph.ancestors[b] for a, b in (operands, operands[::-1])]
+    weights = [(side & masks.weights).bit_count() for side in only]
+    nonlinear = [bool(side & masks.nonlinear) for side in only]
+    for i, (skip, branch) in enumerate((operands, operands[::-1])):
+        if nonlinear[i] or weights[1 - i] == 0:
+            continue
+        if weights[i] == 0:
+            return ResidualAddition(node, branch, skip, skip, projection=True)
+        if nonlinear[1 - i] and weights[i] < weights[1 - i]:
+            return ResidualAddition(node, branch, skip, skip, projection=True)
+    return "doubtful" if any(nonlinear) and all(weights) or all(nonlinear) and any(weights) else None
+
+
+def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set[int]) -> list[ResidualAddition]:
+    """Candidates, outermost first, less those that only look residual.
+
+    An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
+    all layers add to their attention scores reaches later scores through the stream, but comes from outside. A branch
+    that ends in the sum of a linear and a nonlinear path is one branch of two parallel paths.
+    """
+    accepted: list[ResidualAddition] = []
+    for node in sorted(candidates, reverse=True):
+        candidate = candidates[node]
+        outside = [outer for outer in accepted if outer.start < node and not outer.projection]
+        around = [outer for outer in outside if _is_inside(graph, node, outer)]
+        if not any(
+            not graph.reaches(candidate.start, outer.start) or candidate.projection and _ends_in(graph, outer, node)
+            for outer in around
+        ):
+            accepted.append(candidate)
+    nodes = {residual.node for residual in accepted}
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
+    return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
+
+
+def _is_inside(graph: Graph, node: int, outer: ResidualAddition) -> bool:
+    """Whether a node lies in the branch of a residual addition."""
+    beyond = graph.reaches(outer.skip, node) if outer.projection else not graph.reaches(node, outer.start)
+    return graph.reaches(outer.branch, node) and not beyond
+
+
+def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
+    """Whether no weight operation stands between a node and the end of a branch."""
+    return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
+
+
+def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> bool:
+    """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    if residual.projection:
+        only = graph.ancestors[residual.branch] & ~graph.ancestors[residual.skip]
+        return any(only >> node & 1 for node in nodes)
+    return any(
+        graph.reaches(node, residual.start) and node != residual.start
+        for node in nearest_additions(graph, residual.branch, nodes, stop=residual.start)
+    )
+
+
+def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
+    """The residual additions that a value comes from by other than weight operations (these only where ``within``)."""
+    pending, seen, found = [node], {node}, []
+    while pending:
+        i = pending.pop()
+        if i in nodes:
+            found.append(i)
+        elif i != stop and (not graph.is_weight_operation[i] or within >> i & 1):
+            fresh = [j for j in graph.data_inputs(i) if j not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return found
+
+
+def _is_beside(graph: Graph, node: int, residual: int) -> bool:
+    """Whether a residual addition lies on one side only of a sum: then it joins streams, and is not doubtful."""
+    first, second = (i for i in graph.inputs[node] if i >= 0)
+    return graph.reaches(first, residual) != graph.reaches(second, residual)
+
+
+def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> ResidualAddition | None:
+    """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
+    for skip, branch in (operands, operands[::-1]):
+        i, steps = branch, [branch]
+        while i not in waiting and LINEAR.match(graph.kind[i]) and len(graph.data_inputs(i)) == 1:
+            i = graph.data_inputs(i)[0]
+            steps.append(i)
+        if i in waiting:
+            del waiting[i]
+            return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
+    return None

@@ -1,0 +1,366 @@
+"""Autograd graph -> residual streams and branches. Knows no rule: it says what is there, not what to do with it.
+
+`residuals.py` says which additions are residual. What lies between skip and addition is the branch
+(`branch_parameters.py`). Additions that are linked through their skips form a stream.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from torch_depthmup.errors import AmbiguousBranchError, TracingError
+from torch_depthmup.modules import Residual
+from torch_depthmup.running import unwrap
+from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, residual_additions
+from torch_depthmup.tracing.graph import Graph, record
+from torch_depthmup.tracing.operations import LINEAR
+from torch_depthmup.tracing.parameters import carrier_of, describe
+
+__all__ = ["Branch", "Pattern", "Trace", "find_branches", "trace"]
+
+Pattern = str | type[nn.Module]
+"""A name pattern (``fnmatch``, over module names) or a module class."""
+
+
+Producer = tuple[str, int, int]
+"""A module's name, which of its calls, and which of the tensors that the call returned."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: what is added to the skip in one residual addition.
+
+    Args:
+        name: path of the innermost module that owns the branch's weight operations.
+        stream: index of the residual stream, in forward order.
+        position: index of the addition in its stream, from 0.
+        depth: number of residual additions in the stream, L.
+        skip: ``"identity"``, or ``"projection"`` where the shortcut has weights of its own.
+        levels: number of weight operations on the longest path from the skip to the addition.
+        inner: names of the parameters before the branch's outer weight operation.
+        outer: names of the parameters from the outer weight operation on.
+        carrier: names of the parameters of the last parametrised operation, in which the branch's value is linear;
+            empty where there is none, for example behind a gate.
+    """
+
+    name: str
+    stream: int
+    position: int
+    depth: int
+    skip: Literal["identity", "projection"]
+    levels: int
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
+    carrier: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Branches together with what carrying a plan out needs to know of the forward pass.
+
+    Args:
+        branches: in forward order.
+        sites: for each branch the ordinal of its addition among all additions written in Python and the operand that
+            is the branch, or ``None`` where the addition is not visible from Python.
+        producers: for each branch its summands - one, unless no module returns their sum - and for each summand the
+            modules that return it, up to linear operations after them, as (name, which call, which output).
+        calls: how often each module was called.
+        shared: parameters that several branches, or a branch and the rest of the network, use in weight operations,
+            with the names of those branches.
+        reached: names of the parameters that the example inputs reached.
+        contains: for each branch the indices of the branches nested in it.
+    """
+
+    branches: tuple[Branch, ...]
+    sites: tuple[tuple[int, int] | None, ...]
+    producers: tuple[tuple[tuple[Producer, ...], ...], ...]
+    calls: dict[str, int]
+    shared: dict[str, tuple[str, ...]]
+    reached: frozenset[str]
+    contains: tuple[tuple[int, ...], ...]
+
+
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+) -> tuple[Branch, ...]:
+    """The residual branches of a model, in forward order, read off one forward pass. The model stays as it was.
+
+    Args:
+        model: any module, on a real device or on ``meta``; compiled and DDP wrappers are looked through.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        include: name patterns or module classes; only branches of modules that match are returned.
+        exclude: name patterns or module classes; branches of modules that match are left out.
+        branches: name patterns or module classes that are declared to be branches: what such a module returns is
+            added to a skip, whatever the addition looks like.
+
+    Returns:
+        The branches; an empty tuple where the network has none.
+
+    Raises:
+        TracingError: the forward pass fails or hides its graph, a pattern matches nothing, or a declared branch is
+            not added to anything.
+        AmbiguousBranchError: a sum of two nonlinear paths has no recognisable skip.
+
+    Source: the residual streams of arXiv 2310.02244, section 3; the definition of inner and outer operations of
+    arXiv 2512.21075.
+    """
+    return trace(model, example_inputs, include=include, exclude=exclude, branches=branches).branches
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+) -> Trace:
+    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors."""
+    model = unwrap(model)
+    chosen = [_matching(model, patterns) for patterns in (include, exclude, branches)]
+    graph = record(model, example_inputs)
+    declared = set(chosen[2] or ()) | {
+        f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
+    }
+    found, doubtful = residual_additions(graph, _declared_nodes(graph, declared))
+    _describe(graph, found)
+    found = _without_inner_steps(graph, found)
+    _describe(graph, found)
+    names = _unique([residual.parts.owner for residual in found])
+
+    def kept(name: str, node: int) -> bool:
+        owners = _owners(graph, name, node)
+        inside = chosen[0] is None or any(owner in chosen[0] for owner in owners)
+        return inside and not any(owner in (chosen[1] or ()) for owner in owners)
+
+    keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
+    found, names = [found[i] for i in keep], [names[i] for i in keep]
+    _refuse_doubtful([node for node in doubtful if kept("", node)], graph)
+    return _assemble(graph, found, names)
+
+
+def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
+    for residual in found:
+        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+
+
+def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:
+    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch."""
+    streams = _streams(graph, found)
+    return [
+        residual
+        for residual, stream in zip(found, streams, strict=True)
+        if streams.count(stream) > 1 or not any(residual.node in outer.parts.nodes for outer in found)
+    ]
+
+
+def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
+    streams, returned = _streams(graph, found), _returned(graph)
+    depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
+    sides, shared = _sides(graph, found, names)
+    result = []
+    for i, residual in enumerate(found):
+        inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
+        carrier = carrier_of(graph, residual.branch, residual.parts)
+        result.append(
+            Branch(
+                name=names[i],
+                stream=streams[i],
+                position=streams[:i].count(streams[i]),
+                depth=depths[streams[i]],
+                skip="projection" if _has_weights(graph, residual) else "identity",
+                levels=residual.parts.levels,
+                inner=tuple(inner),
+                outer=tuple(outer),
+                # What something else uses too cannot carry this branch's multiplier.
+                carrier=carrier if set(carrier) <= {*inner, *outer} else (),
+            )
+        )
+    return Trace(
+        branches=tuple(result),
+        sites=tuple(_site(graph, residual) for residual in found),
+        producers=tuple(_summands(graph, residual.branch, residual.parts.nodes, returned) for residual in found),
+        calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
+        shared=shared,
+        reached=frozenset().union(*graph.weights),
+        contains=tuple(
+            tuple(j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
+            for i, residual in enumerate(found)
+        ),
+    )
+
+
+def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
+    """Whether the shortcut has weight operations of its own."""
+    only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch]
+    return residual.projection and any(only >> i & 1 for i, weight in enumerate(graph.is_weight_operation) if weight)
+
+
+def _refuse_doubtful(doubtful: Iterable[int], graph: Graph) -> None:
+    for node in doubtful:
+        addition = graph.additions.get(node)
+        where = next((name for name in reversed(addition.modules) if name), "") if addition else ""
+        raise AmbiguousBranchError(
+            f"{where or 'the model'}: the sum of two nonlinear paths has no skip that could be told from the branch. "
+            f"Name the branch: branches=['{where + '.' if where else ''}<module whose output it is>'], or leave the "
+            f"sum alone: exclude=['{where or '*'}']"
+        )
+
+
+# Declared branches and overrides
+
+
+def _matching(model: nn.Module, patterns: Sequence[Pattern] | Pattern | None) -> set[str] | None:
+    """Names of the modules that match, with everything below them."""
+    if patterns is None:
+        return None
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
+        if isinstance(pattern, type):
+            hits = {name for name, module in model.named_modules() if isinstance(module, pattern)}
+        else:
+            hits = {name for name, _ in model.named_modules() if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise TracingError(f"no module of {type(model).__name__} matches {pattern!r}. See model.named_modules()")
+        matched |= hits
+    return matched
+
+
+def _owners(graph: Graph, name: str, node: int) -> set[str]:
+    """The branch's name, the modules that were running at its addition, and all modules above them."""
+    running = graph.additions[node].modules[1:] if node in graph.additions else ()
+    path = re.sub(r"#\d+$", "", name)
+    parts = path.split(".") if path else []
+    return {".".join(parts[: i + 1]) for i in range(len(parts))} | set(running)
+
+
+def _declared_nodes(graph: Graph, declared: set[str]) -> dict[int, str]:
+    nodes: dict[int, str] = {}
+    for name in declared:
+        for outputs in graph.outputs_of.get(name, ()):
+            nodes.update({node: name for node in outputs[:1] if node >= 0})
+    return nodes
+
+
+# Streams, sides and names
+
+
+def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
+    """The stream of each addition: that of the additions its skip comes from, else a new one."""
+    stream_of: dict[int, int] = {}
+    nodes = {residual.node for residual in found}
+    streams = []
+    # A branch that contains residual additions holds a stream of its own.
+    holder = {
+        inner.node: min(
+            (o for o in found if inner.node in o.parts.nodes), key=lambda o: len(o.parts.nodes), default=None
+        )
+        for inner in found
+    }
+    for residual in found:
+        only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch] if residual.projection else 0
+        before = [
+            node
+            for node in nearest_additions(graph, residual.skip, nodes, within=only)
+            if node in stream_of and holder[node] is holder[residual.node]
+        ]
+        stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
+        streams.append(stream_of[residual.node])
+    return streams
+
+
+def _sides(
+    graph: Graph, found: list[ResidualAddition], names: list[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
+    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the shared weights."""
+    users: dict[str, dict[int, int]] = {}
+    matrices: set[str] = set()
+    inside: set[int] = set()
+    for i, residual in enumerate(found):
+        inside |= residual.parts.nodes
+        for name, side in residual.parts.sides.items():
+            users.setdefault(name, {})[i] = side
+        matrices |= residual.parts.matrices
+    elsewhere: set[str] = set()
+    for node in range(len(graph.kind)):
+        if graph.data[node] and node not in inside:
+            elsewhere |= {name for j in graph.weight_inputs(node) for name in graph.weights[j]}
+    sides: dict[str, tuple[int, int]] = {}
+    shared: dict[str, tuple[str, ...]] = {}
+    for name, at in users.items():
+        innermost = min(at, key=lambda i: len(found[i].parts.nodes))
+        nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
+        parallel = len({(found[i].start, side) for i, side in at.items()}) == 1
+        if name in elsewhere or not (nested or parallel):
+            if name in matrices:
+                shared[name] = tuple(names[i] for i in at)
+        else:
+            sides[name] = (innermost, at[innermost])
+    return sides, shared
+
+
+def _unique(owners: list[str]) -> list[str]:
+    """Owners as names: one that several branches share is numbered in forward order."""
+    return [
+        owner if owners.count(owner) == 1 else f"{owner}#{owners[:i].count(owner)}" for i, owner in enumerate(owners)
+    ]
+
+
+def _site(graph: Graph, residual: ResidualAddition) -> tuple[int, int] | None:
+    addition = graph.additions.get(residual.node)
+    if addition is None or residual.branch not in addition.operands:
+        return None
+    return addition.ordinal, addition.operands.index(residual.branch)
+
+
+def _returned(graph: Graph) -> dict[int, list[Producer]]:
+    """For each node the modules that return it."""
+    returned: dict[int, list[Producer]] = {}
+    for name, outputs in graph.outputs_of.items():
+        for call, nodes in enumerate(outputs):
+            for index, node in enumerate(nodes):
+                if name and node >= 0:
+                    returned.setdefault(node, []).append((name, call, index))
+    return returned
+
+
+def _summands(
+    graph: Graph, node: int, inside: frozenset[int], returned: dict[int, list[Producer]]
+) -> tuple[tuple[Producer, ...], ...]:
+    """What a multiplier can be hung on, walking back from the branch's value over linear operations."""
+    found: list[Producer] = []
+    while node in inside:
+        found += returned.get(node, ())
+        data = graph.data_inputs(node)
+        if not _keeps_multiples(graph, node) or any(len(graph.consumers[i]) != 1 for i in data):
+            break
+        if len(data) > 1:
+            sides = [] if found else [_summands(graph, i, inside, returned) for i in data]
+            return tuple(group for side in sides for group in side) if sides and all(sides) else _group(found)
+        node = data[0]
+    return _group(found)
+
+
+def _group(found: list[Producer]) -> tuple[tuple[Producer, ...], ...]:
+    return (tuple(found),) if found else ()
+
+
+def _keeps_multiples(graph: Graph, node: int) -> bool:
+    """Whether a multiple of a node's data operands gives the same multiple of its value."""
+    kind, data = graph.kind[node], graph.data_inputs(node)
+    if not data or graph.is_weight_operation[node] or not LINEAR.match(kind):
+        return False
+    if kind.startswith(("Add", "Sub", "Rsub")):
+        return len(data) == 2
+    return len(data) == 1

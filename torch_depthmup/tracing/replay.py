@@ -1,0 +1,74 @@
+"""The same forward pass again, with each residual addition's operands seen or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torch_depthmup.running import call, exact_matrix_products, fresh, has_batch_statistics, quiet
+from torch_depthmup.tracing.branches import Trace
+from torch_depthmup.tracing.operations import addition_operands
+
+__all__ = ["AtAdditions", "Meter", "run_metered"]
+
+
+class AtAdditions(TorchFunctionMode):
+    """Does `meet` in place of each residual addition of one forward pass, told from all others by its number.
+
+    Args:
+        found: a trace of the model that runs.
+    """
+
+    def __init__(self, found: Trace):
+        super().__init__()
+        self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
+        self.ordinal = -1
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        operands = addition_operands(func, args, kwargs)
+        if operands is None:
+            return func(*args, **kwargs)
+        self.ordinal += 1
+        if self.ordinal not in self.sites:
+            return func(*args, **kwargs)
+        position, branch = self.sites[self.ordinal]
+        return self.meet(branch, position, operands, func, args, kwargs)
+
+    def meet(
+        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        """What ``func(*args, **kwargs)`` should return; ``operands[position]`` is the branch's value."""
+        return func(*args, **kwargs)
+
+
+class Meter(AtAdditions):
+    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch."""
+
+    def __init__(self, found: Trace, visit: Callable[[int, Tensor, Tensor], Tensor | None]):
+        super().__init__(found)
+        self.visit = visit
+
+    def meet(
+        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
+        if value is None:
+            return func(*args, **kwargs)
+        if position == 0 and func.__name__ in ("add_", "sub_", "subtract_", "__iadd__", "__isub__"):
+            with torch.no_grad():
+                operands[0].copy_(value)  # the caller goes on with this very tensor
+            return func(*args, **kwargs)
+        changed = (value, operands[1]) if position == 0 else (operands[0], value)
+        rest = {key: item for key, item in kwargs.items() if key not in ("input", "other")}
+        return func(*changed, *args[2:], **rest)
+
+
+def run_metered(model: nn.Module, inputs: Any, meter: Meter) -> None:
+    """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
+    with quiet(model, batch_statistics=has_batch_statistics(model, inputs)), exact_matrix_products(), meter:
+        call(model, fresh(inputs))
