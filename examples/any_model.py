@@ -40,10 +40,10 @@ def main() -> None:
         print(dm.parametrize(vit, base=base, example_inputs=images), "\n")
         gated = timm.create_model("seresnet50")
         try:
-            dm.parametrize(gated, base_depth=8, example_inputs=images)
+            dm.parametrize(gated, depth_multiplier=2, example_inputs=images)
         except dm.DepthMuPError as error:
             print(f"fold is refused where a gate comes last:\n  {error}\n")
-        dm.parametrize(gated, base_depth=8, example_inputs=images, how="wrap")
+        dm.parametrize(gated, depth_multiplier=2, example_inputs=images, how="wrap")
         print("wrap works: ", dm.plan_of(gated).how)
 
 

@@ -210,7 +210,7 @@ def test_branches_and_plan_print_what_the_library_says(here: Path, capsys, tmp_p
         cli.main([*plan, "--base-width", "16", "--rule", "complete-p", "--out", str(tmp_path / "new" / "p.html")]) == 0
     )
     said = capsys.readouterr().out
-    assert "rule complete-p" in said and "ratio 4, branch multiplier 0.25" in said
+    assert "rule complete-p" in said and "depth multiplier 4, branch multiplier 0.25" in said
     assert "branch multiplier" in (tmp_path / "new" / "p.html").read_text()
 
 
@@ -255,7 +255,7 @@ def test_the_sweep_trains_what_the_demo_trains_and_resumes(here: Path, capsys, t
     keys = ("rule", "depth", "lr", "seed", "loss")
     found = [tuple(json.loads(text)[key] for key in keys) for text in lines[1:]]
     assert sorted(found) == sorted(tuple(run[key] for key in keys) for run in wanted) and len(found) == 72
-    rows = [text for text in demo_said.splitlines() if re.match(r" *(depth-)?mup +[\d.]+", text)]
+    rows = [text for text in demo_said.splitlines() if re.match(r" *(depth-)?mup(-corrected)? +[\d.]+", text)]
     assert len(rows) == 2 and all(row in sweep_said for row in rows)
 
     (tmp_path / "sweep.jsonl").write_text("\n".join(lines[:20]) + "\n")

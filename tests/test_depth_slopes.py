@@ -40,7 +40,7 @@ def updates(depth: int, width: int, rule: str, optimizer: str, seed: int) -> tup
     """Own updates of inner and outer layers and the stream's update after two small steps."""
     torch.manual_seed(seed)
     model, (x, y) = Canonical(depth, width), samples()
-    plan = dm.parametrize(model, base_depth=1, example_inputs=x, rule=rule)
+    plan = dm.parametrize(model, depth_multiplier=depth, example_inputs=x, rule=rule)
     start = copy.deepcopy(model)
     trained = {"sgd": SGD, "adam": Adam}[optimizer](model.parameters(), lr=SMALL[optimizer])
     for _ in range(2):

@@ -35,7 +35,7 @@ def test_residual_passes_arguments_on_and_tuples_through() -> None:
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_residual_is_scaled_whatever_its_shortcut(shortcut, how: str) -> None:
     model = nn.Sequential(*[dm.Residual(branch(), copy.deepcopy(shortcut)) for _ in range(4)])
-    plan = dm.parametrize(model, base_depth=1, example_inputs=torch.randn(3, 8), how=how)
+    plan = dm.parametrize(model, depth_multiplier=4, example_inputs=torch.randn(3, 8), how=how)
     assert [b.name for b in plan.branches] == [f"{i}.branch" for i in range(4)]
     assert plan.branches[0].skip == ("identity" if shortcut is None else "projection")
 
@@ -49,7 +49,7 @@ def test_what_is_not_a_module_is_refused(arguments) -> None:
 def wrapped() -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(*[dm.Residual(branch()) for _ in range(4)])
-    dm.parametrize(model, base_depth=1, example_inputs=torch.randn(3, 8), how="wrap")
+    dm.parametrize(model, depth_multiplier=4, example_inputs=torch.randn(3, 8), how="wrap")
     return model
 
 

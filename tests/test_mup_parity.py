@@ -55,7 +55,7 @@ def settings_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
 
 def parametrized(width: int, rule: str = "depth-mup-corrected") -> Net:
     model = net(width)
-    dm.parametrize(model, base_depth=2, example_inputs=TOKENS, rule=rule)
+    dm.parametrize(model, depth_multiplier=1, example_inputs=TOKENS, rule=rule)
     return model
 
 
@@ -86,7 +86,7 @@ def test_trajectories_are_identical(kind: str) -> None:
 
 def test_depth_and_width_compose() -> None:
     model = net(32)
-    plan = dm.parametrize(model, base_depth=1, example_inputs=TOKENS, how="wrap")
+    plan = dm.parametrize(model, depth_multiplier=2, example_inputs=TOKENS, how="wrap")
     width = plan.multipliers("conv.weight", "adam").lr
     assert width == 1 / 4
     assert plan.multipliers("blocks.0.branch.1.weight", "adam").lr == 1 / 4  # inner: 1 in depth
@@ -118,5 +118,5 @@ def test_tensor_learning_rates_and_users_groups_are_left_alone() -> None:
 def test_equal_base_and_target_change_nothing() -> None:
     model = Net(8)
     mup.set_base_shapes(model, None)
-    dm.parametrize(model, base_depth=2, example_inputs=TOKENS)
+    dm.parametrize(model, depth_multiplier=1, example_inputs=TOKENS)
     assert len(dm.SGD(model.parameters(), lr=0.1).param_groups) == 1

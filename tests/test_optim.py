@@ -22,7 +22,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 def model() -> Stack:
     """Ratio 4, m = 1/2: AdamW multiplies inner by 1 (eps by 1/2), carriers by 1/4."""
     net = Stack(8, PreNorm)
-    dm.parametrize(net, base_depth=2, example_inputs=X)
+    dm.parametrize(net, depth_multiplier=4, example_inputs=X)
     return net
 
 

@@ -46,14 +46,14 @@ def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 def test_nothing_changes_at_the_base(depth: int, block, how: str, rule: str) -> None:
     model = build(depth, block)
     before, wanted = values(model), model(X)
-    dm.parametrize(model, base_depth=depth, example_inputs=X, how=how, rule=rule)
+    dm.parametrize(model, depth_multiplier=1, example_inputs=X, how=how, rule=rule)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(X), wanted)
 
 
 def test_folding_scales_the_carriers_and_nothing_else() -> None:
     model, before = build(8), values(build(8))
-    plan = dm.parametrize(model, base_depth=2, example_inputs=X)
+    plan = dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     carriers = {name for branch in plan.branches for name in branch.carrier}
     assert len(carriers) == 16
     for name, tensor in model.state_dict().items():
@@ -70,13 +70,13 @@ def test_fold_and_wrap_compute_the_network_with_explicit_multipliers(rule, m: fl
         stream = stream + m * (block(stream) - stream)
     for how in ("fold", "wrap"):
         model = copy.deepcopy(plain)
-        dm.parametrize(model, base_depth=2, example_inputs=x, rule=rule, how=how)
+        dm.parametrize(model, depth_multiplier=4, example_inputs=x, rule=rule, how=how)
         torch.testing.assert_close(model(x), plain.head(stream), rtol=1e-12, atol=1e-12)
 
 
 def test_zero_carriers_are_measured_and_stay_zero() -> None:
     model = build(4, ReZero)
-    plan = dm.parametrize(model, base_depth=1, example_inputs=X)
+    plan = dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     assert plan.branches[0].carrier == ("blocks.0.alpha",)
     assert all(block.alpha.item() == 0 for block in model.blocks)
     assert plan.multipliers("blocks.0.alpha", "sgd").lr == 0.25  # m squared
@@ -100,7 +100,7 @@ def test_a_branch_that_is_not_linear_in_its_carrier_is_refused_and_the_model_lef
         model = build(4, block)
         before = values(model)
         with pytest.raises(DepthMuPError, match="blocks.0"):
-            dm.parametrize(model, base_depth=1, example_inputs=X)
+            dm.parametrize(model, depth_multiplier=4, example_inputs=X)
         assert_untouched(model, before)
 
 
@@ -111,22 +111,22 @@ def test_a_wrong_multiplier_is_found_by_measuring(monkeypatch: pytest.MonkeyPatc
     model = build(4)
     before = values(model)
     with pytest.raises(MeasurementError, match=r"blocks.0: the branch should be 0.5 times what it was, and is 0.5005"):
-        dm.parametrize(model, base_depth=1, example_inputs=X)
+        dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"base_depth": 2}, "example_inputs"),
-        ({"example_inputs": X}, "base=small_model, or base_depth"),
-        ({"example_inputs": X, "base_depth": 2, "base": nn.Linear(2, 2)}, "not both"),
-        ({"example_inputs": X, "base_depth": 2, "rule": "deep-mup"}, "no rule is called 'deep-mup'"),
-        ({"example_inputs": X, "base_depth": 2, "how": "folded"}, "how='folded' is not known"),
-        ({"example_inputs": X[:, :3], "base_depth": 2}, "failed on the example inputs"),
-        ({"example_inputs": X * float("nan"), "base_depth": 2}, "has norm nan"),
-        ({"example_inputs": X, "base_depth": 2, "exclude": ["layers.*"]}, "no module of Stack matches"),
-        ({"example_inputs": X, "base_depth": 2, "exclude": ["*"]}, "no residual branches"),
+        ({"depth_multiplier": 2}, "example_inputs"),
+        ({"example_inputs": X}, "base=small_model, or depth_multiplier"),
+        ({"example_inputs": X, "depth_multiplier": 2, "base": nn.Linear(2, 2)}, "not both"),
+        ({"example_inputs": X, "depth_multiplier": 2, "rule": "deep-mup"}, "no rule is called 'deep-mup'"),
+        ({"example_inputs": X, "depth_multiplier": 2, "how": "folded"}, "how='folded' is not known"),
+        ({"example_inputs": X[:, :3], "depth_multiplier": 2}, "failed on the example inputs"),
+        ({"example_inputs": X * float("nan"), "depth_multiplier": 2}, "has norm nan"),
+        ({"example_inputs": X, "depth_multiplier": 2, "exclude": ["layers.*"]}, "no module of Stack matches"),
+        ({"example_inputs": X, "depth_multiplier": 2, "exclude": ["*"]}, "no residual branches"),
     ],
 )
 def test_bad_arguments_leave_the_model_alone(options, message: str) -> None:
@@ -139,7 +139,7 @@ def test_bad_arguments_leave_the_model_alone(options, message: str) -> None:
 
 def test_networks_without_branches_are_refused() -> None:
     with pytest.raises(PlanError, match="no residual branches"):
-        dm.parametrize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), base_depth=1, example_inputs=X)
+        dm.parametrize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), depth_multiplier=1, example_inputs=X)
 
 
 def test_rules_without_depth_need_no_base_and_no_inputs() -> None:
@@ -151,43 +151,43 @@ def test_rules_without_depth_need_no_base_and_no_inputs() -> None:
 
 def test_twice_is_refused() -> None:
     model = build()
-    dm.parametrize(model, base_depth=2, example_inputs=X)
+    dm.parametrize(model, depth_multiplier=2, example_inputs=X)
     for again in (model, copy.deepcopy(model), nn.Sequential(model)):
         with pytest.raises(PlanError, match="parametrized before"):
-            dm.parametrize(again, base_depth=2, example_inputs=X)
+            dm.parametrize(again, depth_multiplier=2, example_inputs=X)
 
 
 def test_meta_lazy_and_sharded_models_are_refused() -> None:
     with torch.device("meta"):
         model = Stack(4, PreNorm)
     with pytest.raises(PlanError, match="meta device"):
-        dm.parametrize(model, base_depth=2, example_inputs=X.to("meta"))
+        dm.parametrize(model, depth_multiplier=2, example_inputs=X.to("meta"))
     with pytest.raises(PlanError, match="lazy"):
-        dm.parametrize(nn.LazyLinear(3), base_depth=2, example_inputs=X)
+        dm.parametrize(nn.LazyLinear(3), depth_multiplier=2, example_inputs=X)
     with pytest.raises(PlanError, match="takes an nn.Module"):
-        dm.parametrize("model", base_depth=2, example_inputs=X)  # type: ignore[arg-type]
+        dm.parametrize("model", depth_multiplier=2, example_inputs=X)  # type: ignore[arg-type]
 
 
 def test_a_compiled_model_can_be_folded_and_not_wrapped() -> None:
     plain = build()
-    dm.parametrize(plain, base_depth=1, example_inputs=X)
+    dm.parametrize(plain, depth_multiplier=4, example_inputs=X)
     compiled = torch.compile(build(), backend="eager")
-    assert dm.parametrize(compiled, base_depth=1, example_inputs=X) == dm.plan_of(compiled)
+    assert dm.parametrize(compiled, depth_multiplier=4, example_inputs=X) == dm.plan_of(compiled)
     assert torch.equal(compiled(X), plain(X))
     in_place = build()
     in_place.compile(backend="eager")
     for model in (torch.compile(build()), in_place):
         with pytest.raises(PlanError, match="compiled"):
-            dm.parametrize(model, base_depth=1, example_inputs=X, how="wrap")
+            dm.parametrize(model, depth_multiplier=4, example_inputs=X, how="wrap")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_half_precision_works_within_its_rounding(dtype: torch.dtype, how: str) -> None:
     model = build().to(dtype)
-    dm.parametrize(model, base_depth=1, example_inputs=X.to(dtype), how=how)
+    dm.parametrize(model, depth_multiplier=4, example_inputs=X.to(dtype), how=how)
     reference = build()
-    dm.parametrize(reference, base_depth=1, example_inputs=X)
+    dm.parametrize(reference, depth_multiplier=4, example_inputs=X)
     torch.testing.assert_close(model(X.to(dtype)).float(), reference(X), rtol=0.05, atol=0.02)
 
 
@@ -197,7 +197,7 @@ def test_batch_norm_is_measured_on_batches_of_one_pixel_too() -> None:
 
     model = pixels(4)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    dm.parametrize(model, base_depth=1, example_inputs=torch.randn(1, 8, 1, 1))
+    dm.parametrize(model, depth_multiplier=4, example_inputs=torch.randn(1, 8, 1, 1))
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
@@ -211,7 +211,7 @@ def test_four_hundred_blocks_do_not_overflow_the_measurement() -> None:
 
 def test_the_plan_is_found_after_copies_and_replacements() -> None:
     model = build()
-    plan = dm.parametrize(model, base_depth=1, example_inputs=X)
+    plan = dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     replaced = copy.deepcopy(model)
     replaced.load_state_dict(model.state_dict(), assign=True)
     emptied = copy.deepcopy(model).to_empty(device="cpu")
@@ -227,7 +227,7 @@ def test_dead_models_are_forgotten() -> None:
     import gc
 
     before = len(owners())
-    dm.parametrize(build(), base_depth=1, example_inputs=X)
+    dm.parametrize(build(), depth_multiplier=4, example_inputs=X)
     gc.collect()
     assert len(owners()) <= before
 
@@ -236,21 +236,21 @@ def test_dead_models_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("how", ["fold", "wrap"])
-@pytest.mark.parametrize("base_depth", [1, 3])
-def test_undo_restores_values_to_rounding_and_everything_else_exactly(how: str, base_depth: int) -> None:
+@pytest.mark.parametrize("depth_multiplier", [4, 4 / 3])
+def test_undo_restores_values_to_rounding_and_everything_else_exactly(how: str, depth_multiplier: float) -> None:
     model = build()
     before = values(model)
-    dm.parametrize(model, base_depth=base_depth, example_inputs=X, how=how)
+    dm.parametrize(model, depth_multiplier=depth_multiplier, example_inputs=X, how=how)
     dm.undo(model)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=1.2e-7, atol=0)
     assert not any(module._forward_hooks for module in model.modules())
-    dm.parametrize(model, base_depth=base_depth, example_inputs=X, how=how)
+    dm.parametrize(model, depth_multiplier=depth_multiplier, example_inputs=X, how=how)
 
 
 def test_undo_of_a_trained_loaded_or_copied_model_is_refused() -> None:
     model = build()
-    dm.parametrize(model, base_depth=1, example_inputs=X)
+    dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     with pytest.raises(PlanError, match="copy"):
         dm.undo(copy.deepcopy(model))
     model.load_state_dict(model.state_dict())

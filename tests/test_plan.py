@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch import nn
 import torch_depthmup as dm
 from torch_depthmup.errors import PlanError
 from torch_depthmup.rules import RULES
+from torch_depthmup.scaling.plan import Stream
 from torch_depthmup.tables import columns, fold_names
 
 
 def plan_at(depth: int, base_depth: int, **options) -> dm.Plan:
     model = nn.Sequential(nn.Linear(3, 8), *[PreNorm(8) for _ in range(depth)], nn.Linear(8, 2))
-    return dm.parametrize(model, base_depth=base_depth, example_inputs=torch.randn(4, 3), **options)
+    return dm.parametrize(model, depth_multiplier=depth / base_depth, example_inputs=torch.randn(4, 3), **options)
 
 
 @given(
@@ -86,7 +88,7 @@ def test_the_table_keeps_long_names_whole() -> None:
     model: nn.Module = nn.Sequential(*[PreNorm(8) for _ in range(4)])
     for name in ("a_rather_long_name_of_a_module", "another_even_longer_name_of_a_module", "third_name_of_a_module"):
         model = _named(name, model)
-    text = str(dm.parametrize(model, base_depth=2, example_inputs=torch.randn(4, 8)))
+    text = str(dm.parametrize(model, depth_multiplier=2, example_inputs=torch.randn(4, 8)))
     assert max(map(len, text.splitlines())) <= 100
     joined = "".join(line.strip() for line in text.splitlines())
     assert "third_name_of_a_module.another_even_longer_name_of_a_module.a_rather_long_name_of_a_module" in joined
@@ -132,14 +134,29 @@ class Residual8(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "base_depth, message", [(0, "positive"), (-1, "positive"), (2.0, "positive"), (True, "positive"), (9, "deeper")]
+    "depth_multiplier, message",
+    [
+        (0, "at least 1"),
+        (-1, "at least 1"),
+        (0.5, "at least 1"),
+        (math.nan, "must be a number"),
+        (True, "must be a number"),
+        ("4", "must be a number"),
+        (3, r"4 residual additions, and depth_multiplier=3 would give 1\.33 in the base"),
+        (8, r"would give 0\.5 in the base.*base=small_model"),
+    ],
 )
-def test_a_bad_base_depth_is_refused(base_depth, message: str) -> None:
+def test_a_bad_depth_multiplier_is_refused(depth_multiplier, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        plan_at(4, base_depth)
+        dm.parametrize(_stack(4), depth_multiplier=depth_multiplier, example_inputs=torch.randn(4, 8))
 
 
-def test_one_number_does_not_do_for_streams_of_different_depth() -> None:
+def test_a_depth_multiplier_may_be_rounded() -> None:
+    plan = dm.parametrize(_stack(7), depth_multiplier=2.333, example_inputs=torch.randn(4, 8))
+    assert plan.streams == (Stream(7, 2.333),) and plan.streams[0].base_additions == 3
+
+
+def test_a_multiplier_that_does_not_divide_every_stream_is_refused() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -149,13 +166,13 @@ def test_one_number_does_not_do_for_streams_of_different_depth() -> None:
             return self.second(torch.tanh(self.middle(self.first(h))))
 
     with pytest.raises(PlanError, match="base=small_model"):
-        dm.parametrize(Two(), base_depth=1, example_inputs=torch.randn(4, 8))
+        dm.parametrize(Two(), depth_multiplier=2, example_inputs=torch.randn(4, 8))
 
 
 def test_tied_weights_are_refused_by_name() -> None:
     block = PreNorm(8)
     with pytest.raises(PlanError, match=r"0.fc1.* is used by 3 branches.*Untie.*exclude=\['0'\]"):
-        dm.parametrize(nn.Sequential(block, block, block), base_depth=1, example_inputs=torch.randn(4, 8))
+        dm.parametrize(nn.Sequential(block, block, block), depth_multiplier=3, example_inputs=torch.randn(4, 8))
 
 
 def test_experts_that_no_token_reached_are_refused() -> None:
@@ -168,9 +185,9 @@ def test_experts_that_no_token_reached_are_refused() -> None:
             return h + self.experts[0](torch.tanh(h)) + self.experts[1](torch.tanh(h))
 
     with pytest.raises(PlanError, match="experts.2.weight was not reached"):
-        dm.parametrize(nn.Sequential(Experts(), Experts()), base_depth=2, example_inputs=torch.randn(4, 8))
+        dm.parametrize(nn.Sequential(Experts(), Experts()), depth_multiplier=2, example_inputs=torch.randn(4, 8))
 
 
 def test_stages_joined_by_projections_are_one_stream() -> None:
     plan = dm.parametrize(BottleneckNet(2), base=BottleneckNet(1), example_inputs=torch.randn(2, 3, 8, 8))
-    assert len(plan.streams) == 1 and plan.streams[0].ratio == 2
+    assert len(plan.streams) == 1 and plan.streams[0].depth_multiplier == 2

@@ -32,7 +32,7 @@ def rates(optimizer: torch.optim.Optimizer) -> list[tuple[float, int]]:
 def scaled() -> Stack:
     torch.manual_seed(0)
     model = Stack(8, PreNorm)
-    dm.parametrize(model, base_depth=2, example_inputs=X)
+    dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     return model
 
 
@@ -56,8 +56,8 @@ def test_a_distributed_model_trains_with_its_plan(group: None, shard) -> None:
 
 def test_a_sharded_model_is_refused_and_a_replicated_one_is_not(group: None) -> None:
     with pytest.raises(dm.DepthMuPError, match="is sharded. Call parametrize on the whole model first"):
-        dm.parametrize(fully_shard(Stack(4, PreNorm)), base_depth=2, example_inputs=X)
-    assert dm.parametrize(DistributedDataParallel(Stack(4, PreNorm)), base_depth=2, example_inputs=X).branches
+        dm.parametrize(fully_shard(Stack(4, PreNorm)), depth_multiplier=2, example_inputs=X)
+    assert dm.parametrize(DistributedDataParallel(Stack(4, PreNorm)), depth_multiplier=2, example_inputs=X).branches
 
 
 def test_a_replicated_model_is_watched_as_the_module_inside(group: None) -> None:

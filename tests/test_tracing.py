@@ -46,7 +46,7 @@ def two_layers(self, h):
 
 def test_fields_of_a_plain_block() -> None:
     branches = dm.find_branches(mlp(lambda self, h: h + two_layers(self, h)), x())
-    assert [(b.name, b.stream, b.position, b.depth, b.skip, b.levels) for b in branches] == [
+    assert [(b.name, b.stream, b.position, b.additions, b.skip, b.levels) for b in branches] == [
         ("0", 0, 0, 3, "identity", 2), ("1", 0, 1, 3, "identity", 2), ("2", 0, 2, 3, "identity", 2),
     ]  # fmt: skip
     assert set(branches[1].inner) == {"1.a.weight", "1.a.bias"}
@@ -71,9 +71,9 @@ def test_fields_of_a_plain_block() -> None:
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_every_way_to_write_an_addition_is_found_and_folded(addition, how: str) -> None:
     model = mlp(addition)
-    assert [b.depth for b in dm.find_branches(model, x())] == [3, 3, 3]
+    assert [b.additions for b in dm.find_branches(model, x())] == [3, 3, 3]
     if how == "fold":
-        dm.parametrize(model, base_depth=1, example_inputs=x())
+        dm.parametrize(model, depth_multiplier=3, example_inputs=x())
         assert dm.plan_of(model).branches[0].carrier == ("0.b.weight", "0.b.bias")
 
 
@@ -95,7 +95,7 @@ def test_parallel_paths_in_one_sum_are_one_branch(linear_attention: bool) -> Non
         *[Block(forward, a=linear(), b=linear(), c=linear(), d=linear(), norm=nn.LayerNorm(WIDTH)) for _ in range(3)]
     )
     branches = dm.find_branches(model, x())
-    assert [b.depth for b in branches] == [3, 3, 3]
+    assert [b.additions for b in branches] == [3, 3, 3]
     assert set(branches[0].carrier) == {"0.b.weight", "0.b.bias", "0.c.weight", "0.c.bias"}
 
 
@@ -107,7 +107,7 @@ def test_two_additions_on_one_skip_are_two_branches() -> None:
     model = nn.Sequential(
         *[Block(forward, a=linear(), b=linear(), c=linear(), norm=nn.LayerNorm(WIDTH)) for _ in range(2)]
     )
-    assert [(b.levels, b.position, b.depth) for b in dm.find_branches(model, x())] == [
+    assert [(b.levels, b.position, b.additions) for b in dm.find_branches(model, x())] == [
         (1, 0, 4), (2, 1, 4), (1, 2, 4), (2, 3, 4),
     ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_injections_into_the_stream_are_not_branches() -> None:
     model = Block(forward, embed=nn.Embedding(9, WIDTH), position=nn.Parameter(torch.ones(WIDTH)), blocks=blocks)
     branches = dm.find_branches(model, torch.tensor([[1, 2, 3]]))
     assert [b.name for b in branches] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert {b.depth for b in branches} == {3}
+    assert {b.additions for b in branches} == {3}
 
 
 def test_long_skips_join_the_stream_and_are_not_counted() -> None:
@@ -140,7 +140,7 @@ def test_long_skips_join_the_stream_and_are_not_counted() -> None:
         return mlp(lambda self, h: h + two_layers(self, h), 2)
 
     branches = dm.find_branches(Block(forward, down=half(), up=half()), x())
-    assert [(b.name, b.depth) for b in branches] == [("down.0", 4), ("down.1", 4), ("up.0", 4), ("up.1", 4)]
+    assert [(b.name, b.additions) for b in branches] == [("down.0", 4), ("down.1", 4), ("up.0", 4), ("up.1", 4)]
 
 
 def test_a_bias_that_all_layers_share_is_not_a_skip() -> None:
@@ -157,8 +157,8 @@ def test_a_bias_that_all_layers_share_is_not_a_skip() -> None:
 
     model = Block(forward, bias=nn.Embedding(9, 1), layers=nn.ModuleList([Biased(WIDTH) for _ in range(4)]))
     branches = dm.find_branches(model, x(2, 5))
-    assert [(b.name, b.depth) for b in branches] == [(f"layers.{i}", 4) for i in range(4)]
-    plan = dm.parametrize(model, base_depth=2, example_inputs=x(2, 5))
+    assert [(b.name, b.additions) for b in branches] == [(f"layers.{i}", 4) for i in range(4)]
+    plan = dm.parametrize(model, depth_multiplier=2, example_inputs=x(2, 5))
     assert plan["bias.weight"].role == "outside"
 
 
@@ -173,7 +173,7 @@ def nested(count: int) -> nn.Module:
 
 def test_streams_inside_a_branch_are_their_own() -> None:
     outer = [b for b in dm.find_branches(nested(3), x()) if ".body" not in b.name]
-    assert [(b.name, b.depth, set(b.carrier)) for b in outer] == [
+    assert [(b.name, b.additions, set(b.carrier)) for b in outer] == [
         (f"{i}", 3, {f"{i}.out.weight", f"{i}.out.bias"}) for i in range(3)
     ]
     with pytest.raises(dm.DepthMuPError, match="residual streams"):
@@ -187,7 +187,7 @@ def test_a_lone_addition_inside_a_branch_is_part_of_it() -> None:
 
     blocks = [Block(forward, skip=nn.Parameter(torch.ones(WIDTH)), **{n: linear() for n in "abcd"}) for _ in range(3)]
     branches = dm.find_branches(nn.Sequential(*blocks), x())
-    assert [(b.name, b.depth, b.levels) for b in branches] == [(f"{i}", 3, 3) for i in range(3)]
+    assert [(b.name, b.additions, b.levels) for b in branches] == [(f"{i}", 3, 3) for i in range(3)]
     assert "0.skip" in branches[0].inner
 
 

@@ -119,7 +119,7 @@ def test_fold_and_wrap_train_as_the_network_written_by_hand(shape, rule: str, op
     wanted = trajectory(explicit, by_hand(explicit, cls, rule, times, options))
     for how in ("fold", "wrap"):
         model = network(base_depth * times, width)
-        dm.parametrize(model, base_depth=base_depth, example_inputs=torch.randn(3, 5).double(), rule=rule, how=how)
+        dm.parametrize(model, depth_multiplier=times, example_inputs=torch.randn(3, 5).double(), rule=rule, how=how)
         assert error(trajectory(model, constructor(model.parameters(), **options)), wanted) < TOLERANCE
 
 
@@ -141,7 +141,7 @@ def test_other_torch_optimizers_fold_as_they_wrap(name: str) -> None:
     outputs = {}
     for how in ("fold", "wrap"):
         model = network(6, 8)
-        dm.parametrize(model, base_depth=2, example_inputs=torch.randn(3, 5).double(), how=how)
+        dm.parametrize(model, depth_multiplier=3, example_inputs=torch.randn(3, 5).double(), how=how)
         outputs[how] = trajectory(model, dm.optimizer(cls)(model, **options))
     assert error(outputs["fold"], outputs["wrap"]) < TOLERANCE
 
@@ -153,7 +153,7 @@ def test_muon_folds_as_it_wraps(depth: int, tolerance: float) -> None:
     outputs = {}
     for how in ("fold", "wrap"):
         model = network(depth, 8)
-        dm.parametrize(model, base_depth=2, example_inputs=torch.randn(3, 5).double(), how=how)
+        dm.parametrize(model, depth_multiplier=depth / 2, example_inputs=torch.randn(3, 5).double(), how=how)
         matrices = [p for p in model.parameters() if p.ndim == 2]
         outputs[how] = trajectory(model, dm.Muon(matrices, lr=0.01, weight_decay=0.1))
     assert error(outputs["fold"], outputs["wrap"]) < tolerance
@@ -170,7 +170,7 @@ def test_at_the_base_training_is_torchs_own_bit_for_bit(depth: int, kind: str, h
     }[kind]  # fmt: skip
     plain = network(depth, 8)
     model = copy.deepcopy(plain)
-    dm.parametrize(model, base_depth=depth, example_inputs=torch.randn(3, 5).double(), rule=rule, how=how)
+    dm.parametrize(model, depth_multiplier=1, example_inputs=torch.randn(3, 5).double(), rule=rule, how=how)
     options = {"lr": 0.01, "weight_decay": 0.1}
     wanted = trajectory(plain, theirs(plain.parameters(), **options))
     assert torch.equal(trajectory(model, ours(model.parameters(), **options)), wanted)

@@ -48,7 +48,7 @@ def test_a_plain_linear_readout_computes_what_mureadout_computes() -> None:
 
 def test_one_base_sets_both_depth_and_width() -> None:
     plan = dm.parametrize(net(8, 64), base=net(2, 16), example_inputs=X)
-    assert plan.streams[0].ratio == 4
+    assert plan.streams[0].depth_multiplier == 4
     # Adam: inner 1 in depth and 1/4 in width; outer 1/2 of the rule, 1/2 of the fold, 1/4 of the width
     assert plan.multipliers("7.fc1.weight", "adamw").lr == pytest.approx(1 / 4)
     assert plan.multipliers("7.fc2.weight", "adamw").lr == pytest.approx(1 / 16)
@@ -150,4 +150,4 @@ def test_an_initialization_that_ignores_width_is_refused() -> None:
             nn.init.normal_(module.weight, std=0.02)
     with pytest.raises(PlanError, match="1.fc1.weight: its initial standard deviation is 0.0.*fan-in"):
         dm.parametrize(model, base=base, example_inputs=X)
-    assert dm.parametrize(model, base_depth=1, example_inputs=X)
+    assert dm.parametrize(model, depth_multiplier=2, example_inputs=X)

@@ -56,7 +56,7 @@ def test_branches_are_those_counted_by_hand(network: Entry) -> None:
     depths = network.depths[network.size]
     positions = [[b.position for b in branches if b.stream == stream] for stream in range(len(depths))]
     assert positions == [list(range(depth)) for depth in depths]
-    assert all(b.depth == depths[b.stream] for b in branches)
+    assert all(b.additions == depths[b.stream] for b in branches)
     assert {b.levels for b in branches} == network.levels
     assert sum(b.skip == "projection" for b in branches) == network.projections
 
@@ -127,7 +127,7 @@ def test_exclude_leaves_the_other_branches_alone() -> None:
     branches = dm.find_branches(model, network.inputs())
     kept = dm.find_branches(model, network.inputs(), exclude="*.self_attn")
     assert [b.carrier for b in kept] == [b.carrier for b in branches if "self_attn" not in b.carrier[0]]
-    assert [b.depth for b in kept] == [3, 3, 3]
+    assert [b.additions for b in kept] == [3, 3, 3]
 
 
 # Scaling
@@ -183,7 +183,7 @@ def test_a_gain_that_starts_at_zero_is_wrapped_too() -> None:
     for gain in gains:
         nn.init.zeros_(gain)
     plain = copy.deepcopy(model)
-    dm.parametrize(model, base_depth=2, example_inputs=exact(network.inputs(), network), how="wrap")
+    dm.parametrize(model, depth_multiplier=4, example_inputs=exact(network.inputs(), network), how="wrap")
     assert_same_tensors(state(model), state(plain))
     wrapped, by_hand = model.stages[1], plain.stages[1]
     for module in (wrapped, by_hand):
@@ -196,7 +196,7 @@ def test_a_gain_that_starts_at_zero_is_wrapped_too() -> None:
 def test_a_gain_that_starts_at_zero_learns_with_the_folded_multiplier() -> None:
     network = entry("rezero")
     model = network.build()
-    plan = dm.parametrize(model, base_depth=2, example_inputs=network.inputs())
+    plan = dm.parametrize(model, depth_multiplier=3, example_inputs=network.inputs())
     assert all(block.alpha.item() == 0 for block in model.blocks)
     # Adam's step is that of the outer side, r ** (-1/2), times the folded m = r ** (-1/2), with r = 6 / 2.
     assert plan.multipliers("blocks.0.alpha", "adam").lr == pytest.approx(1 / 3)

@@ -10,6 +10,7 @@ rate), arXiv 2505.01618 (CompleteP), arXiv 2203.03466 and the package ``mup`` (w
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -122,6 +123,9 @@ RULES: dict[str, Rule] = {
 }
 """The rules that are known by name."""
 
+SPELLINGS = {"completep": "complete-p"}
+"""Other ways to write a rule's name, as in its paper."""
+
 
 def get_rule(rule: str | Rule) -> Rule:
     """The rule of that name, or the rule itself.
@@ -131,9 +135,14 @@ def get_rule(rule: str | Rule) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
-    if rule not in RULES:
-        raise PlanError(f"no rule is called {rule!r}. Write one of {', '.join(map(repr, RULES))}, or a dm.Rule(...)")
-    return RULES[rule]
+    name = SPELLINGS.get(str(rule), str(rule))
+    if name not in RULES:
+        near = difflib.get_close_matches(str(rule), [*RULES, *SPELLINGS], 1)
+        meant = f"Did you mean {near[0]!r}? " if near else ""
+        raise PlanError(
+            f"no rule is called {rule!r}. {meant}Write one of {', '.join(map(repr, RULES))}, or a dm.Rule(...)"
+        )
+    return RULES[name]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def network(setting: Setting, width: int, device: str) -> Callable[[], None]:
     inputs, targets = data(device)
     torch.manual_seed(0)
     model = CanonicalResNet(setting, 16, 1, width).to(device)
-    parametrize(model, base_depth=1, example_inputs=inputs[:1], how="wrap")
+    parametrize(model, depth_multiplier=setting.depth, example_inputs=inputs[:1], how="wrap")
     optimizer = SGD(model, lr=setting.lr * width)
 
     def train() -> None:

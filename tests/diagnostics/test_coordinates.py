@@ -136,10 +136,10 @@ def test_a_network_whose_gradients_grow_with_depth_is_told_from_a_wrong_rule() -
 def test_slopes_are_least_squares_of_the_tidy_frame() -> None:
     result = check(depths=(2, 4, 8), seeds=3)
     frame = result.frame()
-    assert {"width", "total_depth", "relative_depth", "seed", "step", "branch", "layer"} <= set(frame.columns)
+    assert {"width", "depth", "relative_depth", "seed", "step", "branch", "layer"} <= set(frame.columns)
     assert sorted(frame.step.unique()) == [0, 2]
     inner = frame[(frame.role == "inner") & (frame.step == 2)]
-    own = inner.assign(square=inner.own**2).groupby(["seed", "total_depth"]).square.mean() ** 0.5
+    own = inner.assign(square=inner.own**2).groupby(["seed", "depth"]).square.mean() ** 0.5
     fits = [np.polyfit(np.log([2, 4, 8]), np.log(own[seed].to_numpy()), 1)[0] for seed in range(3)]
     (slope,) = [s for s in result.slopes if s.quantity == "inner"]
     assert slope.measured == pytest.approx(np.mean(fits), rel=1e-9)
@@ -169,7 +169,7 @@ def test_widths_are_checked_along_their_own_axis() -> None:
     result = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, seeds=3, steps=1)
     in_width = [slope for slope in result.slopes if slope.axis == "width"]
     assert {slope.quantity for slope in in_width} == {"inner", "outer", "stream", "function"}
-    points = set(result.frame()[["total_depth", "width", "seed"]].itertuples(index=False, name=None))
+    points = set(result.frame()[["depth", "width", "seed"]].itertuples(index=False, name=None))
     assert points == {(d, w, s) for d in (2, 8) for w in (32, 64, 128) for s in range(3)}
     assert set(result.sizes("inner")) == points
     widths_apart = [
@@ -205,7 +205,7 @@ def test_batch_norm_networks_and_lists_of_batches_run() -> None:
         (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(2)
     ]
     result = coordinate_check(blocks.BottleneckNet, batches, depths=(2, 4), seeds=1, steps=2)
-    assert {row["depth"] for row in result.rows if row["kind"] == "stream"} == {4, 8}
+    assert {row["additions"] for row in result.rows if row["kind"] == "stream"} == {4, 8}
 
 
 def test_bad_input_is_one_clear_line() -> None:
@@ -329,8 +329,8 @@ def test_stages_that_a_plan_leaves_out_have_no_prediction(out: str, kept: str, d
     assert len(stages) == 4
     for role in ("inner", "outer"):
         left, scaled = stages[f"{out}.blocks", role], stages[f"{kept}.blocks", role]
-        assert (left.exponent, left.base_depth, left.predicted) == (None, None, None)
-        assert (scaled.exponent, scaled.depth, scaled.base_depth) == (-0.5, *depths)
+        assert (left.exponent, left.base_additions, left.predicted) == (None, None, None)
+        assert (scaled.exponent, scaled.additions, scaled.base_additions) == (-0.5, *depths)
     assert [finding.where for finding in report.findings if finding.kind == "collapse"] == [f"{kept}.blocks"]
 
 

@@ -53,7 +53,7 @@ def test_plain_networks_are_predicted_at_their_own_width(layers: int, how: str, 
     for seed in range(300):
         torch.manual_seed(seed)
         model = network(layers=layers)
-        dm.parametrize(model, base_depth=2, example_inputs=X, how=how)
+        dm.parametrize(model, depth_multiplier=2, example_inputs=X, how=how)
         optimizer = dm.SGD(model, lr=0.003, momentum=momentum)
         if prediction is None:
             prediction = simulate_like(model, X, Y, optimizer, 4, seeds=1000).outputs[..., 0]

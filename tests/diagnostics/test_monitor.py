@@ -144,7 +144,7 @@ def test_every_number_equals_a_direct_computation(block: str, depth: int, sample
     for row in streams:
         name = f"blocks.{row['position']}"
         h, g = now.outputs[name], now.outputs[name].grad
-        assert row["branch"].startswith(name) and row["depth"] == depth
+        assert row["branch"].startswith(name) and row["additions"] == depth
         assert row["size"] == pytest.approx(rms(h), rel=1e-9)
         assert row["update"] == pytest.approx(rms(h - first.outputs[name]), rel=1e-9)
         assert row["change"] == pytest.approx(rms(h - last.outputs[name]), rel=1e-9)
@@ -501,7 +501,7 @@ def test_writers_get_every_row(tmp_path) -> None:
 
 def test_a_folded_multiplier_is_in_the_rows() -> None:
     model, x = blocks.Stack(8, blocks.PreNorm), torch.randn(4, 8)
-    dm.parametrize(model, base_depth=2, example_inputs=x)
+    dm.parametrize(model, depth_multiplier=4, example_inputs=x)
     monitor = FeatureMonitor(model, x)
     monitor.record(0)
     folded = {row["layer"]: row["folded"] for row in monitor.rows if row["kind"] == "layer"}

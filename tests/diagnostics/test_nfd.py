@@ -188,7 +188,7 @@ def test_the_canonical_network_is_found_like_any_other() -> None:
     for layers in (1, 2):
         setting = Setting(depth=5, steps=0, lr=1.0, block_layers=layers)
         branches = dm.find_branches(CanonicalResNet(setting, 10, 1, 32), X)
-        assert [branch.depth for branch in branches] == [5] * 5 and branches[0].levels == layers
+        assert [branch.additions for branch in branches] == [5] * 5 and branches[0].levels == layers
 
 
 # Bad input

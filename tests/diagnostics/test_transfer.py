@@ -51,8 +51,8 @@ def test_a_sweep_is_the_loop_written_by_hand() -> None:
     for run in sweep.runs:
         torch.manual_seed(run.job.seed)
         model = small(run.job.depth)
-        base = None if run.job.rule == "mup" else 2
-        dm.parametrize(model, base_depth=base, example_inputs=X, rule=run.job.rule)
+        multiplier = None if run.job.rule == "mup" else run.job.depth / 2
+        dm.parametrize(model, depth_multiplier=multiplier, example_inputs=X, rule=run.job.rule)
         assert training()(model, run.job.lr, run.job.seed) == run.loss
     assert len(sweep.runs) == 16 and sweep.rules == ["mup", "depth-mup-corrected"]
     assert len(sweep.frame()) == 16
@@ -245,7 +245,7 @@ def test_rules_of_ones_own_are_told_by_their_exponents(tmp_path: Path) -> None:
         run = next(run for run in sweep.runs if run.job.depth == 4 and run.job.rule == rule.label)
         torch.manual_seed(run.job.seed)
         model = small(4)
-        dm.parametrize(model, base_depth=2, example_inputs=X, rule=rule)
+        dm.parametrize(model, depth_multiplier=2, example_inputs=X, rule=rule)
         assert training()(model, run.job.lr, run.job.seed) == run.loss
     again = transfer_sweep(small, **{**options, "rules": [one, other, "mup"]}, path=path)
     assert again.runs[:8] == first.runs[:8] and path.read_text().count("\n") == 25

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     model = make(options.depth)
     with FeatureMonitor(model, inputs) as monitor:
         monitor.record(0)
-    depths = {b.stream: b.depth for b in monitor.branches}
+    depths = {b.stream: b.additions for b in monitor.branches}
     summary = f"{len(monitor.branches)} residual branches in {len(depths)} stream{'s' if len(depths) > 1 else ''}"
     summary += f" of depth {', '.join(map(str, depths.values()))}"
     branches, parameters = branch_rows(monitor.branches), parameter_rows(monitor.branches, model)

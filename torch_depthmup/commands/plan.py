@@ -45,15 +45,24 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     base, model = make(options.base_depth, options.base_width), make(options.depth)
     seen = {}
-    for label, network in ((f"base, depth {options.base_depth}", base), (f"depth {options.depth} as built", model)):
+    for label, network in (
+        (f"base, depth {options.base_depth}", base),
+        (f"depth {options.depth} as built", model),
+    ):
         seen[label] = _recorded(network, inputs)
     plan = parametrize(model, base=base, example_inputs=inputs, rule=options.rule, how=options.how)
-    if options.depth != options.base_depth and all(stream.ratio == 1 for stream in plan.streams):
+    if options.depth != options.base_depth and all(stream.depth_multiplier == 1 for stream in plan.streams):
         raise DepthMuPError(ignores_depth(len(plan.branches), options.base_depth, options.depth))
     seen[f"depth {options.depth}, {options.rule}"] = _recorded(model, inputs)
     print(plan)
     streams = [
-        (f"{i}", f"{s.depth}", f"{s.base_depth}", f"{s.ratio:.4g}", f"{plan.rule.branch_multiplier(s.ratio):.4g}")
+        (
+            f"{i}",
+            f"{s.additions}",
+            f"{s.base_additions}",
+            f"{s.depth_multiplier:.4g}",
+            f"{plan.rule.branch_multiplier(s.depth_multiplier):.4g}",
+        )
         for i, s in enumerate(plan.streams)
     ]
     branches, parameters = branch_rows(plan), parameter_rows(plan)
@@ -62,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             f"Rule {plan.rule.name}, how={plan.how!r}: {len(plan.branches)} branches, {len(plan.entries)} parameters. "
             "The multipliers were measured on the network after they were set."
         ),
-        page.table(("stream", "depth", "base depth", "ratio", "branch multiplier"), streams),
+        page.table(("stream", "additions", "in the base", "depth multiplier", "branch multiplier"), streams),
         page.figure(
             lambda: initial_figure(seen),
             "Root mean squares along the network at initialization: the residual stream after each addition, and what "

@@ -32,7 +32,7 @@ def parametrize(
     model: nn.Module,
     *,
     base: nn.Module | None = None,
-    base_depth: int | None = None,
+    depth_multiplier: float | None = None,
     example_inputs: Any = None,
     rule: str | Rule = "depth-mup-corrected",
     how: How = "fold",
@@ -48,7 +48,8 @@ def parametrize(
     Args:
         model: a residual network at initialization, on a real device.
         base: the shallower (and possibly narrower) model of the same family that one tunes on. Only its shapes count.
-        base_depth: instead of ``base``, its number of residual additions: two for each layer of a transformer.
+        depth_multiplier: instead of ``base``, the model's depth over that of the base, whether one counts layers or
+            additions; 1 for the base itself.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; a small batch will do.
         rule: ``"sp"``, ``"mup"``, ``"depth-mup"``, ``"depth-mup-corrected"`` (with the correction of the inner
             learning rates), ``"complete-p"``, or a `Rule`. The first two do not scale depth and need no base.
@@ -69,14 +70,14 @@ def parametrize(
     Source: arXiv 2310.02244, section 4; arXiv 2512.21075; arXiv 2505.01618.
     """
     rule, model = get_rule(rule), _checked(model, how)
-    if base is not None and base_depth is not None:
-        raise PlanError("pass base=small_model or base_depth=number, not both")
+    if base is not None and depth_multiplier is not None:
+        raise PlanError("pass base=small_model or depth_multiplier=number, not both")
     if rule.scales_depth and example_inputs is None:
         raise PlanError("branches are found by running the model once: pass example_inputs=, a small batch will do")
-    if rule.scales_depth and base is None and base_depth is None:
+    if rule.scales_depth and base is None and depth_multiplier is None:
         raise PlanError(
-            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or base_depth=<its number of "
-            "residual additions> (for the base itself, its own depth)"
+            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or depth_multiplier=<depth "
+            "over that of the base> (1 for the base itself)"
         )
     options = {"include": include, "exclude": exclude, "branches": branches}
     with widths.shaped(model):
@@ -86,7 +87,7 @@ def parametrize(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    streams = _streams(model, found, base, base_depth, example_inputs, rule, options)
+    streams = _streams(model, found, base, depth_multiplier, example_inputs, rule, options)
     width, scales, readouts = _widths(model, base, rule)
     plan = make_plan(model, found, streams, rule, how, widths=width, scales=scales, readouts=readouts)
     set_shapes = width is not None and widths.from_base_shapes(model) is None
@@ -129,13 +130,13 @@ def _streams(
     model: nn.Module,
     found: Trace,
     base: nn.Module | None,
-    base_depth: int | None,
+    depth_multiplier: float | None,
     inputs: Any,
     rule: Rule,
     options: dict[str, Any],
 ) -> tuple[Stream, ...]:
     if base is None or not rule.scales_depth:
-        return streams_at(found.branches, base_depth if rule.scales_depth else None)
+        return streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     base = unwrap(base)
     with widths.shaped(base):
         small = trace(base, inputs, **options).branches

@@ -44,7 +44,7 @@ def warn_of_shrinking(
     """
     ours, theirs = dict(model.named_parameters()), dict(base.named_parameters())
     for number, stream in enumerate(streams):
-        if not rule.alpha or stream.ratio < DEEPER:
+        if not rule.alpha or stream.depth_multiplier < DEEPER:
             continue
         kinds, base_kinds = _kinds(branches, number, ours), _kinds(base_branches, number, theirs)
         for kind in (kind for kind in kinds if kind in base_kinds):
@@ -55,7 +55,7 @@ def warn_of_shrinking(
 
 
 def _warn(name: str, exponent: float, rule: Rule, stream: Stream) -> None:
-    multiplier = f"{rule.branch_multiplier(stream.ratio):.3g}"
+    multiplier = f"{rule.branch_multiplier(stream.depth_multiplier):.3g}"
     warnings.warn(
         f"{name}: its initial size falls with depth already, as depth^{exponent:.2f} from the base's (GPT-2's "
         f"initialization does so), and {rule.name}'s multiplier {multiplier} comes on top: branches start smaller than "
@@ -87,9 +87,9 @@ def depth_exponent(carriers: Sequence[Tensor], base_carriers: Sequence[Tensor], 
         levels.append(sum(map(math.log, sizes)) / len(sizes))
         if group[0].ndim > 1:  # gains start at one and the same value
             variance += 1 / (2 * sum(carrier.numel() for carrier in group))  # of the log size of normal entries
-    if math.sqrt(variance) > ERROR * math.log(stream.ratio):
+    if math.sqrt(variance) > ERROR * math.log(stream.depth_multiplier):
         return math.nan
-    return (levels[0] - levels[1]) / math.log(stream.ratio)
+    return (levels[0] - levels[1]) / math.log(stream.depth_multiplier)
 
 
 def _kinds(branches: Sequence[Branch], stream: int, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -23,15 +23,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream's depth (number of residual additions) beside that of its base."""
+    """A residual stream's number of residual additions beside that of its base.
 
-    depth: int
-    base_depth: int
+    Args:
+        additions: of the model's stream.
+        depth_multiplier: ``additions`` over those of the base, the depth ratio r of the rules.
+    """
+
+    additions: int
+    depth_multiplier: float
 
     @property
-    def ratio(self) -> float:
-        """``depth / base_depth``."""
-        return self.depth / self.base_depth
+    def base_additions(self) -> int:
+        """The number of residual additions of the base's stream."""
+        return round(self.additions / self.depth_multiplier)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class PlannedParameter:
         name: the parameter's name in the model.
         role: ``"outside"`` of every branch, ``"inner"`` or ``"outer"``.
         branch: name of its branch, or ``None``.
-        depth_ratio: depth ratio of its stream; 1 outside.
+        depth_multiplier: that of its stream; 1 outside.
         folded: the forward multiplier that its value now contains, 1 where there is none.
         scale: the factor on its value at initialization.
         width: its dimensions beside its base's, or ``None`` without width scaling.
@@ -52,7 +57,7 @@ class PlannedParameter:
     name: str
     role: Role
     branch: str | None
-    depth_ratio: float
+    depth_multiplier: float
     folded: float
     scale: float
     width: Width | None
@@ -84,7 +89,7 @@ class Plan:
 
     def branch_multiplier(self, branch: Branch) -> float:
         """The factor m on the branch's value."""
-        return self.rule.branch_multiplier(self.streams[branch.stream].ratio)
+        return self.rule.branch_multiplier(self.streams[branch.stream].depth_multiplier)
 
     def __getitem__(self, name: str) -> PlannedParameter:
         """The planned parameter of that name; wrappers' and parametrizations' prefixes do not matter.
@@ -116,7 +121,7 @@ class Plan:
         """
         entry, family = self[name], rules.get_family(family)
         return (
-            rules.depth_multipliers(self.rule, family, entry.role, entry.depth_ratio)
+            rules.depth_multipliers(self.rule, family, entry.role, entry.depth_multiplier)
             * rules.fold_multipliers(family, entry.folded)
             * rules.width_multipliers(self.rule, family, entry.width, adjust_lr=adjust_lr)
         )
@@ -190,10 +195,10 @@ def table(plan: Plan) -> str:
         f"Plan: rule {plan.rule.name}, how={plan.how!r}, {len(plan.branches)} branches, {len(plan.entries)} parameters"
     ]
     for i, stream in enumerate(plan.streams):
-        m = plan.rule.branch_multiplier(stream.ratio)
+        m = plan.rule.branch_multiplier(stream.depth_multiplier)
         lines.append(
-            f"stream {i}: depth {stream.depth}, base depth {stream.base_depth}, ratio {stream.ratio:g}, "
-            f"branch multiplier {m:.4g}"
+            f"stream {i}: {stream.additions} additions, {stream.base_additions} in the base, depth multiplier "
+            f"{stream.depth_multiplier:g}, branch multiplier {m:.4g}"
         )
     return "\n".join([*lines, "", *columns(*branch_rows(plan)), "", *columns(*parameter_rows(plan))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -14,30 +15,33 @@ from torch_depthmup.tracing.branches import Branch, Trace
 
 __all__ = ["make_plan", "match_streams", "streams_at"]
 
+WHOLE = 0.01  # how far from a whole number the base's additions may come out: multipliers are written rounded
 
-def streams_at(branches: Sequence[Branch], base_depth: int | None) -> tuple[Stream, ...]:
-    """The streams with a base depth given as a number; ``None`` is the depth itself.
+
+def streams_at(branches: Sequence[Branch], depth_multiplier: float | None) -> tuple[Stream, ...]:
+    """The streams with one depth multiplier for all of them; ``None`` is 1.
 
     Raises:
-        PlanError: the number is not a positive integer, is larger than the depth, or is given for several streams.
+        PlanError: it is not a finite number of at least 1, or a stream's additions are not a multiple of it.
     """
-    depths = {branch.stream: branch.depth for branch in branches}
-    if base_depth is None:
-        return tuple(Stream(depths[i], depths[i]) for i in sorted(depths))
-    if isinstance(base_depth, bool) or not isinstance(base_depth, int) or base_depth < 1:
-        raise PlanError(f"base_depth must be a positive integer, the number of residual additions, not {base_depth!r}")
-    if len(set(depths.values())) > 1:
+    additions = {branch.stream: branch.additions for branch in branches}
+    multiplier = 1.0 if depth_multiplier is None else depth_multiplier
+    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
+        raise PlanError(f"depth_multiplier must be a number, the depth over that of the base, not {multiplier!r}")
+    if multiplier < 1:
         raise PlanError(
-            f"the model has {len(depths)} residual streams of depths {[depths[i] for i in sorted(depths)]}, so one "
-            "base_depth does not say which. Pass the shallow model: base=small_model"
+            f"depth_multiplier must be at least 1, not {multiplier!r}: it is the model's depth over that of the base, "
+            "which is the shallow model one tunes on"
         )
-    for depth in depths.values():
-        if base_depth > depth:
+    for stream, count in sorted(additions.items()):
+        base = count / multiplier
+        if round(base) < 1 or abs(base - round(base)) > WHOLE * round(base):
             raise PlanError(
-                f"base_depth={base_depth} is deeper than the model, whose stream has {depth} residual additions. "
-                "base_depth counts additions (a transformer layer has two); the base is the model one tunes on"
+                f"stream {stream} has {count} residual additions, and depth_multiplier={multiplier:g} would give "
+                f"{base:.3g} in the base. Pass the shallow model itself, base=small_model, with at least one residual "
+                "block in every stage"
             )
-    return tuple(Stream(depths[i], base_depth) for i in sorted(depths))
+    return tuple(Stream(count, float(multiplier)) for _, count in sorted(additions.items()))
 
 
 def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[Stream, ...]:
@@ -59,13 +63,13 @@ def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[S
         if {kind[1:] for kind in kinds} != {kind[1:] for kind in base_kinds} or not kinds & base_kinds:
             unlike = sorted(f"{name or 'root'} ({levels} levels)" for name, levels in kinds ^ base_kinds)
             raise PlanError(f"stream {i}: the base is of another family; only one of the two has {', '.join(unlike)}")
-        depth, base_depth = (next(b.depth for b in group if b.stream == i) for group in (branches, base))
-        if base_depth > depth:
+        additions, base_additions = (next(b.additions for b in group if b.stream == i) for group in (branches, base))
+        if base_additions > additions:
             raise PlanError(
-                f"stream {i}: the base is deeper ({base_depth} residual additions) than the model ({depth}). The base "
-                "is the shallow model one tunes on; swap the two"
+                f"stream {i}: the base is deeper ({base_additions} residual additions) than the model ({additions}). "
+                "The base is the shallow model one tunes on; swap the two"
             )
-        streams.append(Stream(depth, base_depth))
+        streams.append(Stream(additions, additions / base_additions))
     return tuple(streams)
 
 
@@ -102,7 +106,7 @@ def make_plan(
         PlanError: a scaled branch shares its weights with others, contains another scaled stream, has no carrier to
             fold into, or has siblings that the example inputs did not reach.
     """
-    active = rule.scales_depth and any(stream.ratio != 1 for stream in streams)
+    active = rule.scales_depth and any(stream.depth_multiplier != 1 for stream in streams)
     if active:
         _refuse_shared(trace, streams)
         _refuse_nested(trace, streams)
@@ -115,14 +119,14 @@ def make_plan(
         places.update({name: ("inner", branch) for name in branch.inner})
         places.update({name: ("outer", branch) for name in branch.outer})
         if how == "fold":
-            multiplier = rule.branch_multiplier(streams[branch.stream].ratio)
+            multiplier = rule.branch_multiplier(streams[branch.stream].depth_multiplier)
             folded.update(dict.fromkeys(branch.carrier, multiplier))
     entries = []
     for name, _ in model.named_parameters():
         place = places.get(name)
         role: Role = place[0] if place else "outside"
         branch_ = place[1] if place else None
-        ratio = streams[branch_.stream].ratio if branch_ else 1.0
+        ratio = streams[branch_.stream].depth_multiplier if branch_ else 1.0
         readout = (readouts or {}).get(name, 1.0)
         factor = folded.get(name, 1.0) * readout
         entries.append(
@@ -130,7 +134,7 @@ def make_plan(
                 name=name,
                 role=role,
                 branch=branch_.name if branch_ else None,
-                depth_ratio=ratio,
+                depth_multiplier=ratio,
                 folded=factor,
                 scale=factor * (scales or {}).get(name, 1.0),
                 width=(widths or {}).get(name),
@@ -148,9 +152,8 @@ def _reason(name: str, role: Role, branch: Branch | None, streams: tuple[Stream,
             return "not reached by the example inputs: depth multiplier 1"
         return "outside every residual branch, or used by several: depth multiplier 1"
     stream = streams[branch.stream]
-    where = (
-        f"branch {branch.name or 'of the model'} ({branch.position + 1} of {stream.depth}, base {stream.base_depth})"
-    )
+    place = f"{branch.position + 1} of {stream.additions}, base {stream.base_additions}"
+    where = f"branch {branch.name or 'of the model'} ({place})"
     if role == "inner":
         return f"before the outer weight operation of {where}"
     carries = "; it carries the branch" if name in branch.carrier else ""
@@ -169,7 +172,7 @@ def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
 def _refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
     for i, inside in enumerate(trace.contains):
         outer = trace.branches[i]
-        if inside and streams[outer.stream].ratio != 1:
+        if inside and streams[outer.stream].depth_multiplier != 1:
             raise PlanError(
                 f"{outer.name}: the branch contains {len(inside)} residual branches of its own, such as "
                 f"{trace.branches[inside[0]].name}, and both depths change. Scale one of the two: "
@@ -190,7 +193,7 @@ def _refuse_unreached(model: nn.Module, trace: Trace) -> None:
 
 def _refuse_without_carrier(trace: Trace, streams: tuple[Stream, ...], rule: Rule) -> None:
     for branch in trace.branches:
-        if not branch.carrier and rule.branch_multiplier(streams[branch.stream].ratio) != 1:
+        if not branch.carrier and rule.branch_multiplier(streams[branch.stream].depth_multiplier) != 1:
             raise PlanError(
                 f"{branch.name}: the branch is not linear in its last parameters (a gate, an activation or a "
                 "reparametrized weight comes last), so its multiplier cannot be folded. Write how='wrap', or "

@@ -40,7 +40,7 @@ class Branch:
         name: path of the innermost module that owns the branch's weight operations.
         stream: index of the residual stream, in forward order.
         position: index of the addition in its stream, from 0.
-        depth: number of residual additions in the stream, L.
+        additions: number of residual additions in the stream.
         skip: ``"identity"``, or ``"projection"`` where the shortcut has weights of its own.
         levels: number of weight operations on the longest path from the skip to the addition.
         inner: names of the parameters before the branch's outer weight operation.
@@ -52,7 +52,7 @@ class Branch:
     name: str
     stream: int
     position: int
-    depth: int
+    additions: int
     skip: Literal["identity", "projection"]
     levels: int
     inner: tuple[str, ...]
@@ -178,7 +178,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
                 name=names[i],
                 stream=streams[i],
                 position=streams[:i].count(streams[i]),
-                depth=depths[streams[i]],
+                additions=depths[streams[i]],
                 skip="projection" if _has_weights(graph, residual) else "identity",
                 levels=residual.parts.levels,
                 inner=tuple(inner),

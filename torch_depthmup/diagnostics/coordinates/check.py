@@ -58,7 +58,7 @@ class CoordinateCheck:
         Raises:
             ImportError: pandas is not installed.
         """
-        return frame(self.rows, ("width", "total_depth", "relative_depth", "seed", *COLUMNS))
+        return frame(self.rows, ("width", "depth", "relative_depth", "seed", *COLUMNS))
 
     @cached_property
     def _sizes(self) -> dict[str, dict[Point, float]]:
@@ -240,7 +240,7 @@ def _train(
         optimizer.zero_grad()
         value = (loss or default_loss)(call(model, inputs), targets)
         if not value.isfinite():
-            depth = max(branch.depth for branch in monitor.branches)
+            depth = max(branch.additions for branch in monitor.branches)
             raise MeasurementError(
                 f"the loss is {value.item()} in step {step + 1} of the network with {depth} residual additions. Use a "
                 "smaller lr, or a rule that scales depth"
@@ -251,8 +251,8 @@ def _train(
 
 
 def _row(row: dict[str, Any], depth: int, width: int | None, seed: int) -> dict[str, Any]:
-    relative = (row["position"] + 1) / row["depth"] if row["depth"] else math.nan
-    return {"width": width, "total_depth": depth, "relative_depth": relative, "seed": seed, **row}
+    relative = (row["position"] + 1) / row["additions"] if row["additions"] else math.nan
+    return {"width": width, "depth": depth, "relative_depth": relative, "seed": seed, **row}
 
 
 # Slopes
@@ -264,7 +264,7 @@ def _all_sizes(rows: Iterable[dict[str, Any]]) -> dict[str, dict[Point, float]]:
     """By quantity and network. A quantity that a network does not have is not there."""
     groups: dict[Point, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["total_depth"], row["width"], row["seed"]), []).append(row)
+        groups.setdefault((row["depth"], row["width"], row["seed"]), []).append(row)
     found: dict[str, dict[Point, float]] = {}
     for point, group in groups.items():
         for quantity, size in _sizes(group).items():
@@ -281,7 +281,7 @@ def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
     values = {
         "branch": [r["added"] for r in begun],
         **layers,
-        "stream": [r["update"] for r in end if r["kind"] == "stream" and r["position"] == r["depth"] - 1],
+        "stream": [r["update"] for r in end if r["kind"] == "stream" and r["position"] == r["additions"] - 1],
         "function": [r["update"] for r in end if r["kind"] == "function"],
         GRADIENT: [r["gradient"] for r in begun],
     }

@@ -120,12 +120,12 @@ def _profile_panel(axis: Any, check: CoordinateCheck, quantity: str) -> None:
     kind, column = ("stream", "update") if quantity == "stream" else ("layer", "own")
     rows = [row for row in check.rows if (row["step"], row["kind"], row["width"]) == (end, kind, widest)]
     rows = [row for row in rows if kind == "stream" or row["role"] == quantity]
-    depths = sorted({row["total_depth"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
     colors = shades(depths)
     for depth in depths:
         along: dict[float, list[float]] = {}
         for row in rows:
-            if row["total_depth"] == depth:
+            if row["depth"] == depth:
                 along.setdefault(row["relative_depth"], []).append(row[column] / row["folded"])
         places = sorted(along)
         values = [geometric(along[place]) for place in places]

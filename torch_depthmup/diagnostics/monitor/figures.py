@@ -74,7 +74,7 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], which: str, column: str) -
             lines.setdefault((row["branch"], row["layer"]), []).append(row)
     for line in lines.values():
         values = [row[column] / (row["folded"] if column in ("own", "initial") else 1.0) for row in line]
-        at = (line[0]["position"] + 1) / max(1, line[0]["depth"])
+        at = (line[0]["position"] + 1) / max(1, line[0]["additions"])
         axis.plot([row["step"] for row in line], values, color=shade(at), linewidth=1.1)
     if column not in ("alignment", "own_share"):
         axis.set_yscale("log")
@@ -102,7 +102,7 @@ def initial_figure(monitors: Mapping[str, FeatureMonitor]) -> Any:
             rows = [row for row in monitor.rows if row["kind"] == "stream" and row["step"] == monitor.rows[0]["step"]]
             for stream in sorted({row["stream"] for row in rows}):
                 mine = [row for row in rows if row["stream"] == stream]
-                at = [(row["position"] + 1) / row["depth"] for row in mine]
+                at = [(row["position"] + 1) / row["additions"] for row in mine]
                 name = label if stream == rows[0]["stream"] else None
                 values = [row[column] for row in mine]
                 axis.plot(at, values, "o-", color=colors[label], markersize=3, linewidth=1.4, label=name)

@@ -31,7 +31,7 @@ COLUMNS = (
     "stream",
     "branch",
     "position",
-    "depth",
+    "additions",
     "layer",
     "role",
     "size",
@@ -348,7 +348,7 @@ class _Recording:
 
     def _row(self, key: str) -> Row:
         monitor = self.monitor
-        row: Row = {"stream": -1, "branch": "", "position": -1, "depth": 0, "layer": "", "role": "outside"}
+        row: Row = {"stream": -1, "branch": "", "position": -1, "additions": 0, "layer": "", "role": "outside"}
         row |= {"kind": "function", "folded": 1.0}
         index: int | None = None
         if key.startswith("@") and key != FUNCTION:
@@ -362,7 +362,12 @@ class _Recording:
                 row["folded"] = monitor.plan[name].folded
         if index is not None:
             branch = monitor.branches[index]
-            row |= {"stream": branch.stream, "branch": branch.name, "position": branch.position, "depth": branch.depth}
+            row |= {
+                "stream": branch.stream,
+                "branch": branch.name,
+                "position": branch.position,
+                "additions": branch.additions,
+            }
         return row
 
     def _update(self, key: str, value: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Stage:
         name: the prefix, such as ``layer3``.
         role: ``"inner"`` or ``"outer"``.
         layers: how many weight operations.
-        depth: of their stream.
-        base_depth: of the base's stream, ``None`` where there is no base.
+        additions: of their stream.
+        base_additions: of the base's stream, ``None`` where there is no base.
         own: root mean square of their own updates (W - W0) h, without folded multipliers.
         relative: the same of (W - W0) h over W0 h.
         share: mean share of a feature's change that its own layer learned.
@@ -70,8 +70,8 @@ class Stage:
     name: str
     role: str
     layers: int
-    depth: int
-    base_depth: int | None
+    additions: int
+    base_additions: int | None
     own: float
     relative: float
     share: float
@@ -80,13 +80,13 @@ class Stage:
 
     @property
     def ratio(self) -> float:
-        """Depth over base depth; 1 without a base."""
-        return self.depth / self.base_depth if self.base_depth else 1.0
+        """Additions over those of the base; 1 without a base."""
+        return self.additions / self.base_additions if self.base_additions else 1.0
 
     @property
     def predicted(self) -> float | None:
         """The rule's factor on ``own`` relative to the base."""
-        return None if self.exponent is None or self.base_depth is None else self.ratio**self.exponent
+        return None if self.exponent is None or self.base_additions is None else self.ratio**self.exponent
 
 
 @dataclass(frozen=True)
@@ -229,17 +229,19 @@ def _stages(rows: list[Row], base: list[Row] | None, plan: Plan | None, family: 
     for (stream, name, role), group in groups.items():
         own = _mean_square(row["own"] / row["folded"] for row in group)
         counted = planned.get(group[0]["branch"])
-        depth, base_depth = (counted.depth, counted.base_depth) if counted else (group[0]["depth"], None)
+        additions, base_additions = (
+            (counted.additions, counted.base_additions) if counted else (group[0]["additions"], None)
+        )
         factor = None
         if other := others.get((stream, name, role)):
-            depth, base_depth = group[0]["depth"], other[0]["depth"]
+            additions, base_additions = group[0]["additions"], other[0]["additions"]
             factor = _over(own, _mean_square(row["own"] / row["folded"] for row in other))
         yield Stage(
             name=name,
             role=role,
             layers=len(group),
-            depth=depth,
-            base_depth=base_depth,
+            additions=additions,
+            base_additions=base_additions,
             own=own,
             relative=_mean_square(_over(row["own"], row["initial"]) for row in group),
             share=_mean(row["own_share"] for row in group),
@@ -261,7 +263,7 @@ def _streams(rows: list[Row], start: dict[Any, float]) -> Iterable[tuple[str, fl
         last = members[-1]
         begun = start[stream, last["position"]]
         alignment = _mean(row["alignment"] for row in members)
-        name = f"{stream}: {_prefix(members[0]['branch'])}, depth {last['depth']}"
+        name = f"{stream}: {_prefix(members[0]['branch'])}, depth {last['additions']}"
         yield name, _over(last["update"], begun), _over(last["size"], begun), alignment
 
 
@@ -306,17 +308,19 @@ def _measured(stage: Stage, rule: Rule | None, family: Family) -> Finding | None
     if not math.isfinite(stage.factor):
         return None
     if stage.factor <= 0:
-        return Finding("collapse", stage.name, f"{where} learn nothing at depth {stage.depth}: collapse")
+        return Finding("collapse", stage.name, f"{where} learn nothing at depth {stage.additions}: collapse")
     exponent = math.log(stage.factor) / math.log(stage.ratio)
     if exponent < -EXPONENT:
-        text = f"{where} learn {1 / stage.factor:.2g}x less than at depth {stage.base_depth}: collapse"
+        text = f"{where} learn {1 / stage.factor:.2g}x less than at depth {stage.base_additions}: collapse"
         return Finding("collapse", stage.name, text + _why(stage, rule, family))
     more = "as much as" if 0.8 < stage.factor < 1.25 else f"{stage.factor:.2g}x what they learn"
     if exponent > EXPONENT:
-        text = f"{where} learn {stage.factor:.2g}x what they learn at depth {stage.base_depth}: exploding with depth"
+        text = (
+            f"{where} learn {stage.factor:.2g}x what they learn at depth {stage.base_additions}: exploding with depth"
+        )
         return Finding("exploding", stage.name, text + (f", not predicted for {rule.name}" if rule else ""))
     if rule is not None and rule.alpha > 0 and stage.exponent == 0:
-        text = f"{where} learn {more} at depth {stage.base_depth}: repaired by {rule.name}"
+        text = f"{where} learn {more} at depth {stage.base_additions}: repaired by {rule.name}"
         return Finding("repaired", stage.name, text + _price(stage, rule, family))
     return None
 
@@ -328,12 +332,12 @@ def _expected(stage: Stage, rule: Rule | None, family: Family) -> Finding | None
     hint = "predicted, not measured: pass base= the base run's monitor"
     if stage.exponent < -EXPONENT:
         text = (
-            f"inner layers of {stage.name} learn {1 / stage.predicted:.2g}x less than at depth {stage.base_depth} "
+            f"inner layers of {stage.name} learn {1 / stage.predicted:.2g}x less than at depth {stage.base_additions} "
             f"under {rule.name}: collapse ({hint}); {_repair(rule, family)}"
         )
         return Finding("collapse", stage.name, text)
     if stage.exponent == 0:
-        text = f"inner layers of {stage.name} learn as much as at depth {stage.base_depth}: repaired by {rule.name}"
+        text = f"inner layers of {stage.name} learn as much as at depth {stage.base_additions}: repaired by {rule.name}"
         text += f" ({hint})"
         return Finding("repaired", stage.name, text + _price(stage, rule, family))
     return None

@@ -83,7 +83,8 @@ def _train(
     torch.manual_seed(seed)
     classes = targets.shape[1] if setting.loss == "mse" else int(targets.max()) + 1
     network = CanonicalResNet(setting, inputs.shape[1], classes, width, backward).to(inputs.device, dtype)
-    parametrize(network, base_depth=setting.base_depth, example_inputs=inputs, rule=setting.rule, how="wrap")
+    multiplier = setting.depth / setting.base_depth
+    parametrize(network, depth_multiplier=multiplier, example_inputs=inputs, rule=setting.rule, how="wrap")
     optimizer = SGD(network, lr=setting.lr * width, momentum=setting.momentum)
     shape = _Shape(setting, len(inputs), width)
     record = Record(shape)

@@ -157,7 +157,7 @@ class _Work:
         rule = self.rules[job.rule]
         if rule.scales_depth:
             plan = parametrize(model, base=self._made(self.base_depth), example_inputs=self.example_inputs, rule=rule)
-            if job.depth != self.base_depth and all(stream.ratio == 1 for stream in plan.streams):
+            if job.depth != self.base_depth and all(stream.depth_multiplier == 1 for stream in plan.streams):
                 raise DepthMuPError(ignores_depth(len(plan.branches), self.base_depth, job.depth))
         else:
             parametrize(model, rule=rule)
