@@ -32,7 +32,7 @@ import torch_depthmup as dm
 
 HERE = Path(__file__).parent
 WIDTH, BATCH, CLASSES, PIXELS = 128, 128, 10, 3 * 16 * 16
-SETUPS = {"adam": (-14, -8), "sgd": (-9, -2), "adam-norm": (-10, -4)}
+SETUPS = {"adam": (-13, -9), "adam-norm": (-8, -4), "sgd": (-8, -2)}
 """Set-ups, and the powers of two of their learning rates."""
 EPS = 1e-12  # Adam's own 1e-8 is not small beside the gradients of a readout that is divided by the width
 SCALE = 0.5  # 1 / sqrt(4): at the base depth of 4 the branches together are as large as the stream they start from
