@@ -30,6 +30,7 @@ from torch_depthmup.scaling.verify import (
     measured,
 )
 from torch_depthmup.tracing.branches import Pattern, Trace, trace
+from torch_depthmup.tracing.census import check_census
 
 __all__ = ["parametrize", "undo"]
 
@@ -142,12 +143,16 @@ def _streams(
     options: dict[str, Any],
 ) -> tuple[Stream, ...]:
     if base is None or not rule.scales_depth:
+        if rule.scales_depth and depth_multiplier != 1:
+            check_census(found)
         return streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     base = unwrap(base)
     with widths.shaped(base):
-        small = trace(base, inputs, **options).branches
-    streams = match_streams(found.branches, small)
-    warn_of_shrinking(model, found.branches, base, small, streams, rule)
+        small = trace(base, inputs, **options)
+    streams = match_streams(found.branches, small.branches)
+    if any(stream.depth_multiplier != 1 for stream in streams):
+        check_census(found, small)
+    warn_of_shrinking(model, found.branches, base, small.branches, streams, rule)
     return streams
 
 
