@@ -21,7 +21,7 @@ from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.initialization import warn_of_shrinking
 from torch_depthmup.scaling.plan import How, Plan, Stream
 from torch_depthmup.scaling.planning import make_plan, match_streams, streams_at
-from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
+from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
 from torch_depthmup.scaling.verify import branch_values, check_branches, filled
 from torch_depthmup.tracing.branches import Pattern, Trace, trace
 
@@ -113,6 +113,7 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
             f"{done[0] or type(model).__name__} was parametrized before: its branches are already scaled. Call "
             "dm.undo(model) first, or build a fresh model"
         )
+    refuse_shared_with_others(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PlanError(f"{name} is not initialized yet (a lazy module). Run the model once first")
@@ -246,5 +247,4 @@ def undo(model: nn.Module) -> None:
     if handle.set_shapes:
         widths.clear_shapes(owner)
     take_off(owner)
-    del vars(owner)[ATTRIBUTE]
-    Handle.alive.discard(owner)
+    forget(owner)

@@ -1,18 +1,25 @@
-"""The multiplier of ``how="wrap"``: a forward hook on the module that returns a branch."""
+"""The multiplier of ``how="wrap"``: a forward hook on the module that returns a branch.
+
+``torch.compile`` reuses compiled code for every module of a class and does not look at forward hooks, so a network
+without hooks that was compiled before would decide what a network with hooks computes. A module with a multiplier
+therefore gets a class of its own, with the same name and a different identity, which the compiler does look at.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "hang", "hooked", "take_off"]
+__all__ = ["BranchMultiplier", "hang", "hooked", "multipliers_of", "multiply", "take_off"]
 
 
 class BranchMultiplier:
@@ -38,8 +45,38 @@ class BranchMultiplier:
         return f"BranchMultiplier({self.multiplier:g})"
 
 
+class _Multiplied:
+    """What marks the class of a module that carries a `BranchMultiplier`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _multiplied_instance, (plain_class(type(self)),), self.__getstate__()
+
+
+@functools.cache
+def _multiplied_class(cls: type) -> type:
+    return type(cls.__name__, (_Multiplied, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _multiplied_instance(cls: type) -> Any:
+    marked = _multiplied_class(cls)
+    return marked.__new__(marked)
+
+
+def plain_class(cls: type) -> type:
+    """The class that a module had before it got a multiplier."""
+    return cls.__mro__[cls.__mro__.index(_Multiplied) + 1] if issubclass(cls, _Multiplied) else cls
+
+
+def multiply(module: nn.Module, multiplier: float, index: int = 0) -> None:
+    """Hangs a multiplier on one module."""
+    module.register_forward_hook(BranchMultiplier(multiplier, index))
+    if not isinstance(module, _Multiplied | torch.jit.ScriptModule):
+        module.__class__ = _multiplied_class(type(module))
+
+
 @contextlib.contextmanager
 def hooked(model: nn.Module, plan: Plan, found: Trace) -> Iterator[None]:
+    """Multipliers on a model for as long as it is measured."""
     try:
         hang(model, plan, found)
         yield
@@ -61,7 +98,7 @@ def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
                         f"{name} returns branches with different multipliers. Give each branch a module of its own"
                     )
     for name, (m, index) in targets.items():
-        model.get_submodule(name).register_forward_hook(BranchMultiplier(m, index))
+        multiply(model.get_submodule(name), m, index)
 
 
 def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
@@ -89,8 +126,17 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
     return targets
 
 
+def multipliers_of(model: nn.Module) -> list[BranchMultiplier]:
+    """The multipliers that hang on a model's modules."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, BranchMultiplier)]
+
+
 def take_off(model: nn.Module) -> None:
+    """Removes every multiplier; modules have their own classes again."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BranchMultiplier):
                 del module._forward_hooks[key]
+        if isinstance(module, _Multiplied) and _multiplied_class(plain_class(type(module))) is type(module):
+            module.__class__ = plain_class(type(module))
