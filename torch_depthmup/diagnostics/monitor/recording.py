@@ -18,10 +18,9 @@ from torch_depthmup.diagnostics.monitor.probe import Probe, Product, Sights, sig
 from torch_depthmup.diagnostics.monitor.report import Report, report
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.errors import MeasurementError, PlanError
-from torch_depthmup.rules import Role
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
-from torch_depthmup.tracing.branches import Branch, Pattern
+from torch_depthmup.tracing.branches import Branch, Pattern, roles
 
 __all__ = ["COLUMNS", "FeatureMonitor", "NUMBERS"]
 
@@ -121,10 +120,7 @@ class FeatureMonitor:
         self.device = None if device is None else torch.device(device)
         self._probe: Probe | None = Probe(model, probe, objective, include=include, exclude=exclude, branches=branches)
         self.branches: tuple[Branch, ...] = self._probe.found.branches
-        self._sides: dict[str, tuple[int, Role]] = {}
-        for i, branch in enumerate(self.branches):
-            self._sides |= {name: (i, "inner") for name in branch.inner}
-            self._sides |= {name: (i, "outer") for name in branch.outer}
+        self._roles = roles(self.branches)
         self.plan: Plan | None = _plan(self._probe.model)
         self._patterns = [layers] if isinstance(layers, str) else layers
         self._weights: dict[str, Tensor] = {}
@@ -356,8 +352,8 @@ class _Recording:
         elif key != FUNCTION:
             name = key.partition("#")[0]
             row |= {"kind": "layer", "layer": key}
-            if name in monitor._sides:
-                index, row["role"] = monitor._sides[name]
+            if name in monitor._roles:
+                index, row["role"] = monitor._roles[name]
             if monitor.plan is not None:
                 row["folded"] = monitor.plan[name].folded
         if index is not None:
