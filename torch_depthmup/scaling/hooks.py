@@ -19,7 +19,7 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "hang", "hooked", "multipliers_of", "multiply", "take_off"]
+__all__ = ["BranchMultiplier", "hang", "hang_again", "hooked", "multiply", "plain_class", "take_off"]
 
 
 class BranchMultiplier:
@@ -53,12 +53,12 @@ class _Multiplied:
 
 
 @functools.cache
-def _multiplied_class(cls: type) -> type:
+def _multiplied_class(cls: Any) -> type:
     return type(cls.__name__, (_Multiplied, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _multiplied_instance(cls: type) -> Any:
-    marked = _multiplied_class(cls)
+    marked: Any = _multiplied_class(cls)
     return marked.__new__(marked)
 
 
@@ -126,17 +126,24 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
     return targets
 
 
-def multipliers_of(model: nn.Module) -> list[BranchMultiplier]:
-    """The multipliers that hang on a model's modules."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, BranchMultiplier)]
+Taken = list[tuple[nn.Module, BranchMultiplier]]
+"""Modules with the multipliers that were taken off them."""
 
 
-def take_off(model: nn.Module) -> None:
+def take_off(model: nn.Module) -> Taken:
     """Removes every multiplier; modules have their own classes again."""
+    taken = []
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BranchMultiplier):
                 del module._forward_hooks[key]
+                taken.append((module, hook))
         if isinstance(module, _Multiplied) and _multiplied_class(plain_class(type(module))) is type(module):
             module.__class__ = plain_class(type(module))
+    return taken
+
+
+def hang_again(taken: Taken) -> None:
+    """Puts multipliers back where they were."""
+    for module, hook in taken:
+        multiply(module, hook.multiplier, hook.index)

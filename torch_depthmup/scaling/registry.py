@@ -239,6 +239,6 @@ def refuse_shared_with_others(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if id(parameter) in known:
             raise PlanError(
-                f"{name} was scaled already, as {known[id(parameter)][1]} of another module on which dm.parametrize was "
-                "called. Call it once, on the module that holds all of them"
+                f"{name} was scaled already, as {known[id(parameter)][1]} of another module on which dm.parametrize "
+                "was called. Call it once, on the module that holds all of them"
             )
