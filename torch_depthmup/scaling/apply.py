@@ -17,6 +17,7 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.rules import Rule, Width, get_rule
 from torch_depthmup.running import is_sharded, unwrap
 from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.initialization import warn_of_shrinking
 from torch_depthmup.scaling.plan import How, Plan, Stream
@@ -91,6 +92,8 @@ def parametrize(
     width, scales, readouts = _widths(model, base, rule)
     plan = make_plan(model, found, streams, rule, how, widths=width, scales=scales, readouts=readouts)
     set_shapes = width is not None and widths.from_base_shapes(model) is None
+    if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
+        warn_if_trained(model)
     _carry_out(model, plan, found, example_inputs, set_shapes=set_shapes)
     Handle.attach(model, plan, set_shapes)
     return plan

@@ -71,7 +71,8 @@ def multiply(module: nn.Module, multiplier: float, index: int = 0) -> None:
     """Hangs a multiplier on one module."""
     module.register_forward_hook(BranchMultiplier(multiplier, index))
     if not isinstance(module, _Multiplied | torch.jit.ScriptModule):
-        module.__class__ = _multiplied_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = _multiplied_class(cls)
 
 
 @contextlib.contextmanager
