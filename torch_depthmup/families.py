@@ -132,9 +132,10 @@ def _judge(
             f"gradient^{answers.gradient:.2f}, so no one rule holds for both. Use dm.AdamW, dm.Adam or dm.SGD"
         )
     whole = round(answers.gradient)
-    if whole not in (0, 1) or (named is None and not abs(answers.gradient - whole) <= EXPONENT):
+    furthest = max(answers.early, answers.gradient, key=lambda exponent: abs(exponent - whole))
+    if whole not in (0, 1) or (named is None and not abs(furthest - whole) <= EXPONENT):
         raise OptimizerError(
-            f"{label}: its steps grow as gradient^{answers.gradient:.2f}; the rules know steps in proportion to the "
+            f"{label}: its steps grow as gradient^{furthest:.2f}; the rules know steps in proportion to the "
             "gradient (SGD) and steps that do not follow its scale (Adam). Use dm.AdamW, dm.Adam or dm.SGD. If it is "
             "one of the two after more steps, name it, family='sgd' or 'adamw'"
         )

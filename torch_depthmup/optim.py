@@ -10,7 +10,6 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from torch_depthmup.errors import OptimizerError
@@ -106,6 +105,7 @@ def _torchs(cls: type[AnyOptimizer], family: str, note: str = "") -> Callable[..
         return _construct(cls, get_family(family), False, params, args, options)
 
     construct.__name__ = construct.__qualname__ = cls.__name__
+    construct.__module__ = __name__
     signature = inspect.signature(cls)
     construct.__signature__ = signature.replace(return_annotation=cls)  # type: ignore[attr-defined]
     construct.__doc__ = (
@@ -178,8 +178,8 @@ def _construct(
     for group in groups:
         if group.get("family", family.name if family else "") == "muon":
             refuse_vectors(group["params"], plans)
-    if cls is ZeroRedundancyOptimizer:
-        return _construct_zero(family, groups, plans, args, options)
+    if cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch."):
+        return _construct_zero(cls, family, groups, plans, args, options)
     scaler = Scaler(cls, family, args, options, measured)
     # The class fills in its own defaults first: no reading of signatures, which may say no more than **options.
     made = cls([_without_family(group) for group in groups], *args, **options)
@@ -211,10 +211,10 @@ def _scale(
 
 
 def _construct_zero(
-    family: Family | None, groups: list[Group], plans: dict[int, Planned], args: Any, options: Group
+    cls: Any, family: Family | None, groups: list[Group], plans: dict[int, Planned], args: Any, options: Group
 ) -> Any:
     """ZeroRedundancyOptimizer keeps its own book of groups, so it is given the split ones."""
-    wanted = inspect.signature(ZeroRedundancyOptimizer).parameters
+    wanted = inspect.signature(cls).parameters
     inner: Any = options.get("optimizer_class", args[0] if args else None)
     own = {key: value for key, value in options.items() if key not in wanted}
     scaler = Scaler(inner, family, (), own)
@@ -224,9 +224,7 @@ def _construct_zero(
         for i, (group, user) in enumerate(zip(map(named, filled.param_groups), groups, strict=True))
         for part in scaler.split(group, filled.defaults, plans, i, user)
     ]
-    made = ZeroRedundancyOptimizer(
-        [{**part, "params": [tensor for _, tensor in part["params"]]} for part in parts], *args, **options
-    )
+    made = cls([{**part, "params": [tensor for _, tensor in part["params"]]} for part in parts], *args, **options)
     watch(made)
     return made
 

@@ -32,8 +32,8 @@ def warn_if_trained(model: nn.Module) -> None:
             continue
         warnings.warn(
             f"this {type(model).__name__} looks trained or loaded: {told}. dm.parametrize scales values at "
-            "initialization, and a checkpoint of a parametrized run is scaled already. Call dm.parametrize on the fresh "
-            "model first, and load_state_dict after it",
+            "initialization, and a checkpoint of a parametrized run is scaled already. Call dm.parametrize on the "
+            "fresh model first, and load_state_dict after it",
             UserWarning,
             stacklevel=4,
         )
