@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from optimizers import backward, difference, parametrized
-from torch import nn
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 
 import torch_depthmup as dm
 
@@ -66,3 +68,32 @@ def test_clipping_without_the_multipliers_is_noticed_under_fold_only(name: str, 
             warnings.simplefilter("always")
             trained(how, clip, arguments)
         assert [f"dm.clip_grad_{name}_" in str(w.message) for w in caught] == [True] * wanted
+
+
+def test_gradients_that_do_not_change_are_not_taken_for_clipped_ones() -> None:
+    net = parametrized()
+    optimizer = dm.SGD(net, lr=1e-9)
+    backward(net)
+    for _ in range(5):
+        optimizer.step()  # warnings are errors
+
+
+def norm_of_shards(rank: int, store: str, wanted: float, gradient: torch.Tensor) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    net = parametrized("fold", torch.float64)
+    for block in net.blocks:
+        fully_shard(block)
+    fully_shard(net)
+    backward(net)
+    norm = dm.clip_grad_norm_(net.parameters(), 0.05)
+    assert abs(float(norm) - wanted) < 1e-10 * wanted
+    torch.testing.assert_close(net.blocks[0].fc2.weight.grad.full_tensor(), gradient)
+    distributed.destroy_process_group()
+
+
+def test_sharded_gradients_are_clipped_by_the_norm_over_all_processes(tmp_path: Path) -> None:
+    net = parametrized("fold", torch.float64)
+    backward(net)
+    wanted = float(dm.clip_grad_norm_(net, 0.05))
+    arguments = (str(tmp_path / "store"), wanted, net.blocks[0].fc2.weight.grad)
+    multiprocessing.start_processes(norm_of_shards, arguments, nprocs=2, start_method="fork")

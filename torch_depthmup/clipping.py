@@ -134,9 +134,10 @@ class ClippingNotice:
         for seen, order in zip(self.seen, (2.0, float("inf")), strict=True):
             norm = torch.nn.utils.get_total_norm(gradients, order)
             seen.append(float(getattr(norm, "full_tensor", lambda norm=norm: norm)()))
-        for seen, function in zip(self.seen, ("clip_grad_norm_", "clip_grad_value_"), strict=True):
-            last = seen[-ALIKE:]
-            if len(last) == ALIKE and last[0] > 0 and max(last) - min(last) <= SAME * last[0]:
+        same = [_alike(seen[-ALIKE:]) for seen in self.seen]
+        for i, function in enumerate(("clip_grad_norm_", "clip_grad_value_")):
+            last = self.seen[i][-ALIKE:]
+            if same[i] and not same[1 - i]:  # where both stay the same, the gradients themselves do
                 return (
                     f"the gradients' {'norm' if 'norm' in function else 'largest entry'} was {last[0]:.4g} in each of "
                     f"{ALIKE} steps, so something clips them. A folded weight's gradient is 1/m times that of the "
@@ -145,3 +146,7 @@ class ClippingNotice:
                     "trainer clips by itself"
                 )
         return None
+
+
+def _alike(last: list[float]) -> bool:
+    return len(last) == ALIKE and last[0] > 0 and max(last) - min(last) <= SAME * last[0]

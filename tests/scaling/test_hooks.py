@@ -70,6 +70,7 @@ def multiplied_modules(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("compiled", [whole, block_by_block, multiplied_modules])
 @pytest.mark.parametrize("first", ["plain", "wrapped"])
 def test_compiled_twins_with_and_without_multipliers_do_not_share_code(compiled, first: str) -> None:

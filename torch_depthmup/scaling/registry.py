@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Plan, PlannedParameter
@@ -148,7 +149,7 @@ def planned_parameters(model: nn.Module | None = None) -> dict[int, Planned]:
     for owner in inside:
         handle = _handle(owner)
         for name, parameter in owner.named_parameters(remove_duplicate=True):
-            found[id(parameter)] = handle.plan, name
+            found[id(parameter)] = handle.plan, _unpruned(owner, name)
     return found
 
 
@@ -191,6 +192,16 @@ def forget(model: nn.Module) -> None:
     del vars(model)[ATTRIBUTE]
     Handle.alive.discard(model)
     _folded.clear()
+
+
+def _unpruned(owner: nn.Module, name: str) -> str:
+    """A pruned weight's own name: ``torch.nn.utils.prune`` calls it ``weight_orig`` and multiplies it by a mask."""
+    path, _, last = name.rpartition(".")
+    if not last.endswith("_orig"):
+        return name
+    hooks = owner.get_submodule(path)._forward_pre_hooks.values()
+    pruned = any(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
+    return name.removesuffix("_orig") if pruned else name
 
 
 def refuse_replaced(parameters: Iterable[Tensor]) -> None:
