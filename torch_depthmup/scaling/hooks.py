@@ -76,23 +76,23 @@ def multiply(module: nn.Module, multiplier: float, index: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, plan: Plan, found: Trace) -> Iterator[None]:
-    """Multipliers on a model for as long as it is measured."""
+def hooked(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> Iterator[None]:
+    """The hooks of `hang` for as long as the network is measured."""
     try:
-        hang(model, plan, found)
+        hang(model, plan, found, only=only)
         yield
     finally:
         take_off(model)
 
 
-def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
-    """For ``how="wrap"``: one multiplier on each module that returns a branch's value."""
+def hang(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> None:
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value; of one branch, if ``only``."""
     if plan.how != "wrap":
         return
     targets: dict[str, tuple[float, int]] = {}
     for i, branch in enumerate(plan.branches):
         m = plan.branch_multiplier(branch)
-        if m != 1.0:
+        if m != 1.0 and only in (None, i):
             for name, index in _targets(model, found, i):
                 if targets.setdefault(name, (m, index)) != (m, index):
                     raise PlanError(

@@ -96,6 +96,16 @@ def _candidate(
 ) -> ResidualAddition | Verdict:
     if graph.nodes[node].is_scalar:
         return Verdict.OTHER
+    found = _by_ways(graph, node, operands, candidates, masks)
+    taken_away = graph.nodes[node].kind is Kind.SUBTRACT and getattr(found, "skip", None) == operands[1]
+    # f(h) - h takes the stream away; in h + a (f(h) - h) the residual addition is the outer one.
+    return Verdict.OTHER if taken_away else found
+
+
+def _by_ways(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | Verdict:
+    """By what lies between the two operands and what both are computed from."""
     for skip, branch in (operands, operands[::-1]):
         if graph.reaches(branch, skip):
             between = graph.only(branch, skip)
