@@ -126,6 +126,13 @@ class _Unscaled(Optimizer):
     def __init__(self, optimizer: Optimizer):
         vars(self)["optimizer"] = optimizer
 
+    def __eq__(self, other: object) -> bool:
+        # Trainers ask whether a scheduler's optimizer is the one that they were given.
+        return other is self or other is self.optimizer
+
+    def __hash__(self) -> int:
+        return hash(self.optimizer)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["optimizer"], name)
 
