@@ -23,7 +23,7 @@ from torch_depthmup.scaling.plan import How, Plan, Stream
 from torch_depthmup.scaling.planning import make_plan, match_streams, streams_at
 from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
 from torch_depthmup.scaling.verify import branch_values, check_branches, filled
-from torch_depthmup.tracing.branches import Pattern, Trace, trace
+from torch_depthmup.tracing.branches import Pattern, Trace, roles, trace
 
 __all__ = ["parametrize", "undo"]
 
@@ -81,7 +81,7 @@ def parametrize(
         )
     options = {"include": include, "exclude": exclude, "branches": branches}
     with widths.shaped(model):
-        found = _no_trace() if example_inputs is None else trace(model, example_inputs, **options)
+        found = Trace() if example_inputs is None else trace(model, example_inputs, **options)
     if rule.scales_depth and not found.branches:
         raise PlanError(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
@@ -160,10 +160,6 @@ def _widths(
     return matched, widths.initial_scales(model, matched), widths.readout_multipliers(model, matched)
 
 
-def _no_trace() -> Trace:
-    return Trace((), (), (), {}, {}, frozenset(), ())
-
-
 def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_shapes: bool) -> None:
     """Scales values and adds hooks, measures the branches, and puts everything back if anything is wrong."""
     parameters = dict(model.named_parameters())
@@ -178,8 +174,7 @@ def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_s
             parameters[name].mul_(width[name])
         if all(m == 1.0 for m in multipliers):
             return
-        inside = [parameters[name] for b in plan.branches for name in (*b.inner, *b.outer)]
-        with filled(inside):
+        with filled(parameters[name] for name in roles(plan.branches)):
             before = branch_values(model, inputs, found)
             with _scaled([(parameters[name], m) for name, m in depth.items()]), hooked(model, plan, found):
                 check_branches(model, inputs, found, before, multipliers)

@@ -66,10 +66,10 @@ def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
 
 def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
     """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches."""
-    branch = found.branches[i]
+    branch = found.traced[i].branch
     users: dict[str, int] = {}
-    for groups in found.producers:
-        for name in {name for group in groups for name, _, _ in group}:
+    for traced in found.traced:
+        for name in {producer.module for producers in traced.summands for producer in producers}:
             users[name] = users.get(name, 0) + 1
 
     def preference(target: tuple[str, int]) -> tuple[bool, bool, bool]:
@@ -77,8 +77,8 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
         return users[name] > 1, name != branch.name, not any(True for _ in model.get_submodule(name).parameters())
 
     targets = []
-    for group in found.producers[i] or ((),):
-        fit = [(name, index) for name, _, index in group if users[name] == found.calls[name]]
+    for producers in found.traced[i].summands or ((),):
+        fit = [(p.module, p.output) for p in producers if users[p.module] == found.calls[p.module]]
         if not fit:
             raise PlanError(
                 f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "

@@ -46,11 +46,11 @@ def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
     Raises:
         MeasurementError: a branch cannot be seen, or its value is zero or not finite.
     """
-    for branch, site in zip(found.branches, found.sites, strict=True):
-        if site is None:
+    for traced in found.traced:
+        if traced.site is None:
             raise MeasurementError(
-                f"{branch.name}: its addition happens out of Python's sight (a scripted module?), so its value cannot "
-                "be measured. Write the addition in Python, or use dm.Residual"
+                f"{traced.branch.name}: its addition happens out of Python's sight (a scripted module?), so its value "
+                "cannot be measured. Write the addition in Python, or use dm.Residual"
             )
     values: dict[int, Tensor] = {}
 

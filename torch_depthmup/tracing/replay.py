@@ -25,7 +25,7 @@ class AtAdditions(TorchFunctionMode):
 
     def __init__(self, found: Trace):
         super().__init__()
-        self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
+        self.sites = {t.site.ordinal: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
         self.ordinal = -1
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
