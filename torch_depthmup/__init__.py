@@ -5,8 +5,9 @@ from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
 from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, per_group, rescale
 from torch_depthmup.rules import Rule
-from torch_depthmup.scaling.apply import parametrize, undo
+from torch_depthmup.scaling.apply import apply, attach, parametrize, undo
 from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.planning import plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.tracing.branches import Branch, find_branches
 
@@ -22,11 +23,14 @@ __all__ = [
     "Plan",
     "Residual",
     "Rule",
+    "apply",
+    "attach",
     "diagnostics",
     "find_branches",
     "optimizer",
     "parametrize",
     "per_group",
+    "plan",
     "plan_of",
     "rescale",
     "undo",

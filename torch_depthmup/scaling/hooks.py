@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
-from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.plan import Hook, Plan, PlannedBranch
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "hang", "hooked", "take_off"]
+__all__ = ["BranchMultiplier", "branch_hooks", "hang", "hooked", "take_off"]
 
 
 class BranchMultiplier:
@@ -39,29 +39,37 @@ class BranchMultiplier:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, plan: Plan, found: Trace) -> Iterator[None]:
+def hooked(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """The plan's multipliers on a model, for as long as it is measured."""
     try:
-        hang(model, plan, found)
+        hang(model, plan)
         yield
     finally:
         take_off(model)
 
 
-def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
-    """For ``how="wrap"``: one multiplier on each module that returns a branch's value."""
-    if plan.how != "wrap":
-        return
-    targets: dict[str, tuple[float, int]] = {}
-    for i, branch in enumerate(plan.branches):
-        m = plan.branch_multiplier(branch)
-        if m != 1.0:
+def hang(model: nn.Module, plan: Plan) -> None:
+    """The plan's multipliers on the modules that it names."""
+    for hook in plan.hooks:
+        model.get_submodule(hook.module).register_forward_hook(BranchMultiplier(hook.multiplier, hook.output))
+
+
+def branch_hooks(model: nn.Module, planned: Sequence[PlannedBranch], found: Trace) -> tuple[Hook, ...]:
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value.
+
+    Raises:
+        PlanError: no module returns a branch's value and nothing else.
+    """
+    targets: dict[str, Hook] = {}
+    for i, branch in enumerate(planned):
+        if branch.supplied != 1.0:
             for name, index in _targets(model, found, i):
-                if targets.setdefault(name, (m, index)) != (m, index):
+                hook = Hook(name, index, branch.supplied)
+                if targets.setdefault(name, hook) != hook:
                     raise PlanError(
                         f"{name} returns branches with different multipliers. Give each branch a module of its own"
                     )
-    for name, (m, index) in targets.items():
-        model.get_submodule(name).register_forward_hook(BranchMultiplier(m, index))
+    return tuple(targets.values())
 
 
 def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
