@@ -34,7 +34,7 @@ def branch(width: int) -> nn.Sequential:
 
 
 def network(depth: int, width: int = 32, *, forward: float = 0.0, initial: float = 0.0, std: float = 0.0) -> nn.Module:
-    """Both branches' last weights are initialized times depth ** initial, the first branch is times depth ** forward."""
+    """Last weights are initialized times depth ** initial, the first branch of a block is times depth ** forward."""
     torch.manual_seed(depth + width)
     body = [Branches(width, depth**forward) for _ in range(depth)]
     model = nn.Sequential(nn.Linear(8, width), *body, nn.Linear(width, 3))
@@ -60,15 +60,15 @@ def test_a_factor_in_the_forward_pass_is_a_part_of_the_multiplier(how: str, expo
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_a_depth_factor_in_the_weights_is_not_applied_twice(how: str) -> None:
     model, base = network(32, initial=-0.5), network(4, initial=-0.5)
-    before = model[1].f[3].weight.clone()
+    before = model[1].f[3].weight.detach().clone()
     plan = dm.parametrize(model, base=base, example_inputs=X, how=how)
     there = {branch.initial for branch in plan.planned_branches}
-    assert there == {pytest.approx(8**-0.5)}
+    assert len(there) == 1 and there.pop() == pytest.approx(8**-0.5)
     # What the forward pass computes is the same for fold and wrap, and no smaller than before.
     hung = 1.0 if how == "fold" else 8**-0.5
-    torch.testing.assert_close(model[1].f[3].weight * hung, before)
+    torch.testing.assert_close(model[1].f[3].weight.detach() * hung, before)
     folded = plan.multipliers("1.f.3.weight", "adamw").lr / plan.multipliers("1.f.1.weight", "adamw").lr
-    assert folded == pytest.approx(8**-0.5 * hung**-1 * 8**-0.5)
+    assert folded == pytest.approx(8**-0.5 / hung * 8**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,10 @@ def test_hidden_weights_start_as_the_bases_over_the_root_of_width_whatever_the_i
     plan = dm.parametrize(model, base=base, example_inputs=X, rule="mup")
     theirs = dict(base.named_parameters())
     for name, other, wanted in (("1.f.1.weight", "1.f.1.weight", 0.5), ("0.weight", "0.weight", 1.0)):
-        size, base_size = (p.square().mean().sqrt() for p in (dict(model.named_parameters())[name], theirs[other]))
-        assert float(size / base_size) == pytest.approx(wanted, rel=0.1)
+        size, base_size = (
+            p.detach().square().mean().sqrt() for p in (dict(model.named_parameters())[name], theirs[other])
+        )
+        assert float(size / base_size) == pytest.approx(wanted, rel=0.15)
     assert plan["9.weight"].folded == 1 / 4  # the readout
 
 
@@ -128,14 +130,15 @@ def gpt2(layers: int, width: int) -> nn.Module:
 
 
 def test_stock_gpt2_works_in_depth_and_width() -> None:
-    model = gpt2(8, 128)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model = gpt2(8, 96)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     plan = dm.parametrize(model, base=gpt2(2, 32), example_inputs=torch.randint(40, (2, 8)))
     assert {round(branch.initial * branch.forward, 6) for branch in plan.planned_branches} == {0.5}
     for name, parameter in model.named_parameters():
         is_hidden = name.endswith("weight") and ".c_" in name
-        torch.testing.assert_close(parameter, before[name] * (0.5 if is_hidden else 1.0))
-    assert [(hook.module, hook.multiplier) for hook in plan.hooks] == [("lm_head", 0.25)]
+        wanted = before[name] * (3**-0.5 if is_hidden else 1.0)
+        torch.testing.assert_close(parameter.detach(), wanted)
+    assert [(hook.module, hook.multiplier) for hook in plan.hooks] == [("lm_head", pytest.approx(1 / 3))]
 
 
 @pytest.mark.parametrize("block", [blocks.PreNorm, blocks.LayerScale, blocks.ReZero])
@@ -146,7 +149,7 @@ def test_zero_and_constant_carriers_tell_nothing(block: type[nn.Module]) -> None
 
 def test_ratios_are_simple_powers_where_they_may_be() -> None:
     assert simplest(0.51, 0.01, 4.0, 1.0) == pytest.approx((0.5, 1.0))
-    assert simplest(0.25, 0.001, 4.0, 4.0) == pytest.approx((0.5, 0.5)) or simplest(0.25, 0.001, 4.0, 4.0)[0] == 0.25
+    assert simplest(1.15, 0.02, 3.0, 4.0) == pytest.approx((3**-0.5, 2.0))  # 0.02 / sqrt(2 L)
     assert simplest(0.7, 0.001, 4.0, 1.0) == (0.7, 1.0)
     assert simplest(1.3, 0.2, 4.0, 4.0) == (1.0, 1.0)  # too few values to tell
 

@@ -4,14 +4,15 @@ A library may start every matrix at 0.02, by fan-in, or smaller in deep networks
 to be known: a hidden weight should start at the base's size times width_mult ** -1/2, everything else at the base's
 size, and a depth factor that the branch has already is a part of its multiplier.
 
-Sizes are root mean squares. They are random, so a ratio is taken for the simplest power of the width and depth
-multipliers that it can be told from no more than by chance, and for what it is where there is no such power.
+Sizes are root mean squares. They are random, so a ratio is taken for the likeliest powers of the width and the depth
+multiplier from which it differs by no more than chance, and for what it is where there are none.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ from torch_depthmup.tracing.replay import Meter, run_metered
 
 __all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest"]
 
-SURE = 5.0  # standard errors by which a size must miss a power before it is taken for another
+SURE = 4.0  # standard errors by which a size must miss a power before it is taken for another
 LEAST = 0.03  # spread of branch sizes that is always there, in units of them: networks are of finite width
 SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
-POWERS = sorted(
-    ((a, b) for a in (0.0, -0.5, 0.5, -1.0, 1.0) for b in (0.0, -0.5, -1.0, 0.5, -0.25, 0.25, 1.0)),
-    key=lambda powers: (sum(map(bool, powers)), abs(powers[0]) + abs(powers[1])),
+POWERS = (
+    ((0.0, 0.0),),
+    tuple(itertools.product((0.0, -0.5, 0.5), (0.0, 0.5))),
+    tuple(itertools.product((0.0, -0.5, 0.5, -1.0, 1.0), (0.0, 0.25, 0.5, 1.0, -0.25, -0.5))),
 )
-"""Exponents in the width and the depth multiplier that initializations have, the simplest first."""
+"""Exponents in the width and the depth multiplier of what a size lacks, the likely ones first: nothing; what one
+standard deviation for all widths, or fan-in where a size should be fixed, lacks, and GPT-2's depth factor; others."""
 
 
 def default_bounds(model: nn.Module) -> dict[str, float]:
@@ -61,7 +64,7 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
         return None
     values = parameter.detach()
-    size = _number(torch.linalg.vector_norm(values, dtype=torch.float32)) / math.sqrt(values.numel())
+    size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
     largest, smallest = _number(values.max()), _number(values.min())
     if largest == smallest or size == 0:  # gains at 1, biases at 0
         return InitialSize(size, 0.0)
@@ -77,7 +80,7 @@ def _number(value: Tensor) -> float:
 
 
 def simplest(ratio: float, error: float, width_multiplier: float, depth_multiplier: float) -> tuple[float, float]:
-    """A ratio as a factor from width and one from depth: the simplest powers that it may be, or else the ratio itself.
+    """A ratio as a factor from width and one from depth: the likeliest powers that it may be, or the ratio itself.
 
     Args:
         ratio: measured, positive.
@@ -87,9 +90,10 @@ def simplest(ratio: float, error: float, width_multiplier: float, depth_multipli
     """
     tolerance = SURE * error + RELATIVE
     width, depth = math.log(width_multiplier), math.log(depth_multiplier)
-    for a, b in POWERS:
-        if abs(math.log(ratio) - a * width - b * depth) <= tolerance:
-            return math.exp(a * width) if a else 1.0, math.exp(b * depth) if b else 1.0
+    for powers in POWERS:
+        distance, a, b = min((abs(math.log(ratio) - a * width - b * depth), a, b) for a, b in powers)
+        if distance <= tolerance:
+            return width_multiplier**a, depth_multiplier**b
     return (ratio, 1.0) if width_multiplier != 1 else (1.0, ratio)
 
 
@@ -106,9 +110,16 @@ def correction(
     known = [(w, h) for w, h in pairs if w is not None and h is not None and w.size > 0 and h.size > 0]
     if not known or width_multiplier == depth_multiplier == 1:
         return 1.0, 1.0
-    ratio = math.exp(sum(math.log(w.size / h.size) for w, h in known) / len(known))
-    has = math.hypot(*(h.error for _, h in known)) / len(known)
-    return simplest(ratio, math.hypot(has, max(w.error for w, _ in known)), width_multiplier, depth_multiplier)
+    # Several parameters of the model may be compared with one of the base, which counts once.
+    (wanted, wanted_error), (has, has_error) = _mean({w for w, _ in known}), _mean([h for _, h in known])
+    error = math.hypot(wanted_error, has_error)
+    return simplest(math.exp(wanted - has), error, width_multiplier, depth_multiplier)
+
+
+def _mean(sizes: Collection[InitialSize]) -> tuple[float, float]:
+    """The mean of log sizes, and its standard error."""
+    mean = sum(math.log(size.size) for size in sizes) / len(sizes)
+    return mean, math.hypot(*(size.error for size in sizes)) / len(sizes)
 
 
 def relative_sizes(
