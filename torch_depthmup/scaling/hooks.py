@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
-from torch_depthmup.scaling.plan import Hook, Plan, PlannedBranch
+from torch_depthmup.scaling.plan import Hook, PlannedBranch
 from torch_depthmup.tracing.branches import Trace
 
 __all__ = ["BranchMultiplier", "branch_hooks", "hang", "hooked", "take_off"]
@@ -39,18 +39,18 @@ class BranchMultiplier:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """The plan's multipliers on a model, for as long as it is measured."""
+def hooked(model: nn.Module, hooks: Iterable[Hook]) -> Iterator[None]:
+    """Multipliers on a model for as long as it is measured."""
     try:
-        hang(model, plan)
+        hang(model, hooks)
         yield
     finally:
         take_off(model)
 
 
-def hang(model: nn.Module, plan: Plan) -> None:
-    """The plan's multipliers on the modules that it names."""
-    for hook in plan.hooks:
+def hang(model: nn.Module, hooks: Iterable[Hook]) -> None:
+    """Hangs multipliers on the modules that a plan names."""
+    for hook in hooks:
         model.get_submodule(hook.module).register_forward_hook(BranchMultiplier(hook.multiplier, hook.output))
 
 
@@ -64,8 +64,8 @@ def branch_hooks(model: nn.Module, planned: Sequence[PlannedBranch], found: Trac
     for i, branch in enumerate(planned):
         if branch.supplied != 1.0:
             for name, index in _targets(model, found, i):
-                hook = Hook(name, index, branch.supplied)
-                if targets.setdefault(name, hook) != hook:
+                hook = targets.setdefault(name, Hook(name, index, branch.supplied, i))
+                if (hook.output, hook.multiplier) != (index, branch.supplied):
                     raise PlanError(
                         f"{name} returns branches with different multipliers. Give each branch a module of its own"
                     )
@@ -98,6 +98,7 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
 
 
 def take_off(model: nn.Module) -> None:
+    """Removes every multiplier that `hang` has left."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BranchMultiplier):

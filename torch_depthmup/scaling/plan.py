@@ -94,11 +94,14 @@ class Hook:
         module: its name.
         output: which element to multiply where it returns a tuple; of a single tensor, 0.
         multiplier: the factor.
+        branch: index of the branch that it multiplies (of the first, where one module returns several), or ``None`` for
+            a readout.
     """
 
     module: str
     output: int
     multiplier: float
+    branch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ def table(plan: Plan) -> str:
     lines += [
         f"a readout has shared weights: {hook.module or 'the model'} is multiplied by {hook.multiplier:.4g}"
         for hook in plan.hooks
-        if plan.how == "fold"
+        if hook.branch is None
     ]
     return "\n".join([*lines, "", *columns(*branch_rows(plan)), "", *columns(*parameter_rows(plan))])
 
