@@ -21,6 +21,7 @@ from torch_depthmup.running import unwrap
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, residual_additions
 from torch_depthmup.tracing.graph import Graph, record
 from torch_depthmup.tracing.parameters import carrier_of, describe
+from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
 __all__ = ["Branch", "Pattern", "Producer", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
 
@@ -103,6 +104,8 @@ class Trace:
         reached: names of the parameters that the example inputs reached.
         loose: matrices that weight operations outside all branches and shortcuts use, but for modules that the user has
             excluded.
+        uses: what the network does with each parameter.
+        trunk: the parameters of norms on a residual stream itself, with the stream.
     """
 
     traced: tuple[TracedBranch, ...] = ()
@@ -110,6 +113,8 @@ class Trace:
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
     loose: frozenset[str] = frozenset()
+    uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
+    trunk: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -234,6 +239,12 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
         shared=shared,
         reached=frozenset().union(*(node.weights for node in graph.nodes)),
+        uses=uses_of(graph),
+        trunk=trunk_parameters(
+            graph,
+            {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
+            [residual.start for residual in found],
+        ),
     )
 
 
