@@ -21,7 +21,7 @@ from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
 @settings(max_examples=60)
 def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: int, repeat: bool) -> None:
     noise = Noise([seed, seed + 1], dtype=dtype)
-    matrix = GaussianMatrix(64, (24, 24), noise)
+    matrix = GaussianMatrix(64, 48, noise, std=1 / 8)
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"right": [], "left": []}
     for side, count in calls:
         queries = noise(count, 64)
@@ -38,7 +38,7 @@ def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: in
 @settings(max_examples=20)
 def test_products_are_linear(coupling, seed: int) -> None:
     noise = Noise([seed], dtype=torch.float64)
-    matrix = GaussianMatrix(50, (12, 12), noise, coupling)
+    matrix = GaussianMatrix(50, 40, noise, std=0.2, coupling=coupling)
     a, b = noise(2, 50), noise(2, 50)
     matrix.left(noise(2, 50))
     wa, wb = matrix.right(a), matrix.right(b)
@@ -56,7 +56,7 @@ def test_the_law_is_that_of_a_dense_matrix() -> None:
         return torch.cat([q, a, b, c], dim=1)
 
     q = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(draws, 1, n)
-    matrix = GaussianMatrix(n, (4, 4), Noise(range(draws), dtype=torch.float64))
+    matrix = GaussianMatrix(n, n, Noise(range(draws), dtype=torch.float64), std=n**-0.5)
     ours = chain(matrix.right, matrix.left, q)
     dense = torch.randn(draws, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / math.sqrt(n)
     theirs = chain(lambda x: x @ dense.mT, lambda x: x @ dense, q)
@@ -75,7 +75,7 @@ def test_decoupled_left_products_know_nothing_of_the_right_ones() -> None:
     q = noise(1, 16)
     values = {}
     for coupling in ("reused", "decoupled"):
-        matrix = GaussianMatrix(16, (2, 2), Noise(range(9000, 12000), dtype=torch.float64), coupling)
+        matrix = GaussianMatrix(16, 16, Noise(range(9000, 12000), dtype=torch.float64), std=0.25, coupling=coupling)
         a = matrix.right(q)
         values[coupling] = torch.bmm(matrix.left(a), q.mT).flatten() / 16
     assert float(values["reused"].mean()) == pytest.approx(1.0, abs=0.05)  # <W^T W q, q> = |W q|^2
