@@ -10,6 +10,8 @@ from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.tracing.branches import Branch, find_branches
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SGD",
     "Adam",

@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_depthmup.errors import PlanError
+from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import Rule, Width, get_rule
-from torch_depthmup.running import is_sharded, unwrap
+from torch_depthmup.running import is_sharded, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.initialization import warn_of_shrinking
 from torch_depthmup.scaling.plan import How, Plan, Stream
 from torch_depthmup.scaling.planning import make_plan, match_streams, streams_at
 from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
-from torch_depthmup.scaling.verify import branch_values, check_branches, filled
+from torch_depthmup.scaling.verify import (
+    Measured,
+    check_branches,
+    differing_output,
+    filled,
+    measured,
+)
 from torch_depthmup.tracing.branches import Pattern, Trace, trace
 
 __all__ = ["parametrize", "undo"]
@@ -81,7 +87,7 @@ def parametrize(
         )
     options = {"include": include, "exclude": exclude, "branches": branches}
     with widths.shaped(model):
-        found = _no_trace() if example_inputs is None else trace(model, example_inputs, **options)
+        found = Trace() if example_inputs is None else trace(model, example_inputs, **options)
     if rule.scales_depth and not found.branches:
         raise PlanError(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
@@ -160,10 +166,6 @@ def _widths(
     return matched, widths.initial_scales(model, matched), widths.readout_multipliers(model, matched)
 
 
-def _no_trace() -> Trace:
-    return Trace((), (), (), {}, {}, frozenset(), ())
-
-
 def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_shapes: bool) -> None:
     """Scales values and adds hooks, measures the branches, and puts everything back if anything is wrong."""
     parameters = dict(model.named_parameters())
@@ -178,14 +180,39 @@ def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_s
             parameters[name].mul_(width[name])
         if all(m == 1.0 for m in multipliers):
             return
-        inside = [parameters[name] for b in plan.branches for name in (*b.inner, *b.outer)]
-        with filled(inside):
-            before = branch_values(model, inputs, found)
+        with filled(parameters.values()):
+            before = measured(model, inputs, found)
             with _scaled([(parameters[name], m) for name, m in depth.items()]), hooked(model, plan, found):
                 check_branches(model, inputs, found, before, multipliers)
+                wrong = differing_output(model, inputs, found, before)
+            if wrong:
+                raise MeasurementError(_reaches_elsewhere(model, plan, found, inputs, before, wrong))
         for name, m in depth.items():
             parameters[name].mul_(m)
         hang(model, plan, found)
+
+
+def _reaches_elsewhere(model: nn.Module, plan: Plan, found: Trace, inputs: Any, before: Measured, output: str) -> str:
+    """What to say of a network whose branches are right and whose outputs are not: the first branch that does it."""
+    parameters = dict(model.named_parameters())
+    for i, branch in enumerate(plan.branches):
+        m = plan.branch_multiplier(branch)
+        alone = [(parameters[name], m) for name in branch.carrier if plan.how == "fold"]
+        with _scaled(alone), hooked(model, plan, found, only=i):
+            reached = differing_output(model, inputs, found, before)
+        if reached:
+            carrier = f" {', '.join(branch.carrier)}" if plan.how == "fold" else ""
+            pattern = without_numbers(branch.name).replace("#", "*") or "*"
+            return (
+                f"{branch.name}: what its last weights{carrier} give is used for something else besides the residual "
+                f"addition (returned, or added elsewhere), and how={plan.how!r} would scale that too: {reached} is not "
+                "what it would be with each branch multiplied where it is added. The model is as it was. Give the "
+                f"branch last weights of its own, or leave such branches alone: exclude=['{pattern}']"
+            )
+    return (
+        f"{output} is not what it would be with each branch multiplied where it is added, though each branch alone is "
+        "right: branches share what carries their multipliers. The model is as it was. Exclude one of them"
+    )
 
 
 @contextlib.contextmanager

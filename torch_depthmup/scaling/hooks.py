@@ -39,22 +39,23 @@ class BranchMultiplier:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, plan: Plan, found: Trace) -> Iterator[None]:
+def hooked(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> Iterator[None]:
+    """The hooks of `hang` for as long as the network is measured."""
     try:
-        hang(model, plan, found)
+        hang(model, plan, found, only=only)
         yield
     finally:
         take_off(model)
 
 
-def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
-    """For ``how="wrap"``: one multiplier on each module that returns a branch's value."""
+def hang(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> None:
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value; of one branch, if ``only``."""
     if plan.how != "wrap":
         return
     targets: dict[str, tuple[float, int]] = {}
     for i, branch in enumerate(plan.branches):
         m = plan.branch_multiplier(branch)
-        if m != 1.0:
+        if m != 1.0 and only in (None, i):
             for name, index in _targets(model, found, i):
                 if targets.setdefault(name, (m, index)) != (m, index):
                     raise PlanError(
@@ -66,10 +67,10 @@ def hang(model: nn.Module, plan: Plan, found: Trace) -> None:
 
 def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
     """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches."""
-    branch = found.branches[i]
+    branch = found.traced[i].branch
     users: dict[str, int] = {}
-    for groups in found.producers:
-        for name in {name for group in groups for name, _, _ in group}:
+    for traced in found.traced:
+        for name in {producer.module for producers in traced.summands for producer in producers}:
             users[name] = users.get(name, 0) + 1
 
     def preference(target: tuple[str, int]) -> tuple[bool, bool, bool]:
@@ -77,8 +78,8 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
         return users[name] > 1, name != branch.name, not any(True for _ in model.get_submodule(name).parameters())
 
     targets = []
-    for group in found.producers[i] or ((),):
-        fit = [(name, index) for name, _, index in group if users[name] == found.calls[name]]
+    for producers in found.traced[i].summands or ((),):
+        fit = [(p.module, p.output) for p in producers if users[p.module] == found.calls[p.module]]
         if not fit:
             raise PlanError(
                 f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "
@@ -90,6 +91,7 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
 
 
 def take_off(model: nn.Module) -> None:
+    """Removes every multiplier that `hang` has left."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BranchMultiplier):

@@ -7,13 +7,13 @@ that is measured to be right then comes on top of another one.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from torch_depthmup.rules import Rule
+from torch_depthmup.running import without_numbers
 from torch_depthmup.scaling.plan import Stream
 from torch_depthmup.tracing.branches import Branch
 
@@ -97,5 +97,5 @@ def _kinds(branches: Sequence[Branch], stream: int, parameters: Mapping[str, Ten
     kinds: dict[str, dict[str, Tensor]] = {}
     for name in (name for branch in branches if branch.stream == stream for name in branch.carrier):
         if name in parameters and not name.endswith("bias"):
-            kinds.setdefault(re.sub(r"\d+", "#", name), {})[name] = parameters[name]
+            kinds.setdefault(without_numbers(name), {})[name] = parameters[name]
     return kinds

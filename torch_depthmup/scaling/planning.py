@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.rules import Role, Rule, Width
+from torch_depthmup.running import without_numbers
 from torch_depthmup.scaling.plan import How, Plan, PlannedParameter, Stream
-from torch_depthmup.tracing.branches import Branch, Trace
+from torch_depthmup.tracing.branches import Branch, Trace, roles
 
 __all__ = ["make_plan", "match_streams", "streams_at"]
 
@@ -76,7 +76,7 @@ def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[S
 def _kinds(branches: Sequence[Branch]) -> list[set[tuple[str, int]]]:
     """For each stream the kinds of its branches: names without numbers, and levels."""
     count = max((branch.stream for branch in branches), default=-1) + 1
-    return [{(re.sub(r"\d+", "", b.name), b.levels) for b in branches if b.stream == i} for i in range(count)]
+    return [{(without_numbers(b.name), b.levels) for b in branches if b.stream == i} for i in range(count)]
 
 
 def make_plan(
@@ -113,19 +113,16 @@ def make_plan(
         _refuse_unreached(model, trace)
         if how == "fold":
             _refuse_without_carrier(trace, streams, rule)
-    places: dict[str, tuple[Role, Branch]] = {}
+    places = roles(trace.branches)
     folded: dict[str, float] = {}
-    for branch in trace.branches:
-        places.update({name: ("inner", branch) for name in branch.inner})
-        places.update({name: ("outer", branch) for name in branch.outer})
-        if how == "fold":
-            multiplier = rule.branch_multiplier(streams[branch.stream].depth_multiplier)
-            folded.update(dict.fromkeys(branch.carrier, multiplier))
+    for branch in trace.branches if how == "fold" else ():
+        multiplier = rule.branch_multiplier(streams[branch.stream].depth_multiplier)
+        folded.update(dict.fromkeys(branch.carrier, multiplier))
     entries = []
     for name, _ in model.named_parameters():
-        place = places.get(name)
-        role: Role = place[0] if place else "outside"
-        branch_ = place[1] if place else None
+        index, side = places.get(name, (None, None))
+        role: Role = side or "outside"
+        branch_ = None if index is None else trace.branches[index]
         ratio = streams[branch_.stream].depth_multiplier if branch_ else 1.0
         readout = (readouts or {}).get(name, 1.0)
         factor = folded.get(name, 1.0) * readout
@@ -170,8 +167,8 @@ def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
 
 
 def _refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
-    for i, inside in enumerate(trace.contains):
-        outer = trace.branches[i]
+    for traced in trace.traced:
+        inside, outer = traced.nested, traced.branch
         if inside and streams[outer.stream].depth_multiplier != 1:
             raise PlanError(
                 f"{outer.name}: the branch contains {len(inside)} residual branches of its own, such as "
@@ -181,9 +178,9 @@ def _refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
 
 
 def _refuse_unreached(model: nn.Module, trace: Trace) -> None:
-    inside = {re.sub(r"\d+", "{}", name): b for b in trace.branches for name in (*b.inner, *b.outer)}
+    inside = {without_numbers(name): trace.branches[i] for name, (i, _) in roles(trace.branches).items()}
     for name, _ in model.named_parameters(remove_duplicate=True):
-        branch = inside.get(re.sub(r"\d+", "{}", name))
+        branch = inside.get(without_numbers(name))
         if name not in trace.reached and branch is not None:
             raise PlanError(
                 f"{name} was not reached by the example inputs, while its like lies in branch {branch.name}. Pass "

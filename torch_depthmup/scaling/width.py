@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.rules import Width
-from torch_depthmup.running import normalise_name
+from torch_depthmup.running import normalise_name, without_numbers
 
 ENOUGH = 64  # entries, for a standard deviation that means something
 
@@ -123,7 +123,7 @@ class _Structure:
         for name in names:
             for number in re.finditer(r"\d+", name):
                 followers = self.after.setdefault(name[: number.start()], {})
-                followers.setdefault(int(number.group()), set()).add(re.sub(r"\d+", "#", name[number.end() :]))
+                followers.setdefault(int(number.group()), set()).add(without_numbers(name[number.end() :]))
 
 
 def _counterpart(name: str, ours: _Structure, theirs: _Structure) -> tuple[str | None, bool]:

@@ -6,15 +6,22 @@ the same data and one of them takes a short linear way (projection skip).
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.tracing.graph import Graph
-from torch_depthmup.tracing.operations import LINEAR, NORM
+from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
 
 __all__ = ["ResidualAddition", "nearest_additions", "residual_additions"]
+
+
+class Verdict(enum.Enum):
+    """What is said of a sum that is no residual addition."""
+
+    OTHER = "a sum of another kind"
+    DOUBTFUL = "it may or may not be residual"
 
 
 @dataclass
@@ -35,15 +42,15 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
     candidates: dict[int, ResidualAddition] = {}
     doubtful: list[int] = []
     waiting = dict(declared)
-    for node, kind in enumerate(graph.kind):
-        operands = [i for i in graph.inputs[node] if i >= 0]
-        if not kind.startswith(("AddBackward", "SubBackward")) or len(set(operands)) != 2 or not graph.data[node]:
+    for i, node in enumerate(graph.nodes):
+        operands = [j for j in node.inputs if j >= 0]
+        if not node.kind.is_sum or len(set(operands)) != 2 or not node.is_data:
             continue
-        found = _declared(graph, node, operands, waiting) or _candidate(graph, node, operands, candidates, masks)
+        found = _declared(graph, i, operands, waiting) or _candidate(graph, i, operands, candidates, masks)
         if isinstance(found, ResidualAddition):
-            candidates[node] = found
-        elif found == "doubtful":
-            doubtful.append(node)
+            candidates[i] = found
+        elif found is Verdict.DOUBTFUL:
+            doubtful.append(i)
     if waiting:
         raise TracingError(
             f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
@@ -69,33 +76,46 @@ class _Masks:
     @staticmethod
     def of(graph: Graph) -> _Masks:
         weights = nonlinear = data = 0
-        for i, kind in enumerate(graph.kind):
-            if not graph.data[i]:
-                continue
-            data |= 1 << i
-            if graph.is_weight_operation[i]:
-                weights |= 1 << i
-            product = kind.startswith(("MulBackward", "DivBackward")) and len(graph.data_inputs(i)) > 1
-            plain = graph.is_weight_operation[i] or LINEAR.match(kind) or NORM.match(kind) or kind == "AccumulateGrad"
-            if product or not (plain or len(graph.data_inputs(i)) == 0):
-                nonlinear |= 1 << i
+        for i, node in enumerate(graph.nodes):
+            if node.is_data:
+                data |= 1 << i
+                weights |= node.is_weight_operation << i
+                nonlinear |= _is_nonlinear(graph, i) << i
         return _Masks(weights, nonlinear, data)
+
+
+def _is_nonlinear(graph: Graph, i: int) -> bool:
+    node, data = graph.nodes[i], graph.data_inputs(i)
+    if node.kind.is_product and len(data) > 1:
+        return True
+    return bool(data) and not (node.is_weight_operation or node.kind.is_linear or node.kind is Kind.NORM)
 
 
 def _candidate(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
-) -> ResidualAddition | Literal["doubtful"] | None:
-    if graph.is_scalar[node]:
-        return None
+) -> ResidualAddition | Verdict:
+    if graph.nodes[node].is_scalar:
+        return Verdict.OTHER
+    found = _by_ways(graph, node, operands, candidates, masks)
+    taken_away = graph.nodes[node].kind is Kind.SUBTRACT and getattr(found, "skip", None) == operands[1]
+    # f(h) - h takes the stream away; in h + a (f(h) - h) the residual addition is the outer one.
+    return Verdict.OTHER if taken_away else found
+
+
+def _by_ways(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | Verdict:
+    """By what lies between the two operands and what both are computed from."""
     for skip, branch in (operands, operands[::-1]):
         if graph.reaches(branch, skip):
-            between = graph.ancestors[branch] & ~graph.ancestors[skip]
+            between = graph.only(branch, skip)
             # A parameter that many additions use is an embedding or a bias; one that a single addition uses may be
             # the start of a stream, such as the latents of a Perceiver.
-            used = graph.data[skip] or sum(graph.kind[i].startswith("Add") for i in graph.consumers[skip]) == 1
-            return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else None
-    if not all(graph.data[i] for i in operands):
-        return None
+            sums = [i for i in graph.consumers[skip] if graph.nodes[i].kind is Kind.ADD]
+            used = graph.nodes[skip].is_data or len(sums) == 1
+            return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else Verdict.OTHER
+    if not all(graph.nodes[i].is_data for i in operands):
+        return Verdict.OTHER
     climbed = _sum_of_branches(graph, node, operands, candidates, masks)
     return climbed or _short_way(graph, node, operands, masks)
 
@@ -108,20 +128,17 @@ def _sum_of_branches(
         start, climbed = skip, False
         while start in candidates and not graph.reaches(branch, start):
             start, climbed = candidates[start].start, True
-        between = graph.ancestors[branch] & ~graph.ancestors[start]
-        if climbed and graph.reaches(branch, start) and between & masks.weights:
+        if climbed and graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
             return ResidualAddition(node, branch, skip, start)
     return None
 
 
-def _short_way(
-    graph: Graph, node: int, operands: list[int], masks: _Masks
-) -> ResidualAddition | Literal["doubtful"] | None:
+def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> ResidualAddition | Verdict:
     """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
     first, second = operands
-    if not graph.ancestors[first] & graph.ancestors[second] & masks.data:
-        return None
-    only = [graph.ancestors[a] & ~graph.ancestors[b] for a, b in (operands, operands[::-1])]
+    if not graph.nodes[first].ancestors & graph.nodes[second].ancestors & masks.data:
+        return Verdict.OTHER
+    only = [graph.only(first, second), graph.only(second, first)]
     weights = [(side & masks.weights).bit_count() for side in only]
     nonlinear = [bool(side & masks.nonlinear) for side in only]
     for i, (skip, branch) in enumerate((operands, operands[::-1])):
@@ -131,7 +148,8 @@ def _short_way(
             return ResidualAddition(node, branch, skip, skip, projection=True)
         if nonlinear[1 - i] and weights[i] < weights[1 - i]:
             return ResidualAddition(node, branch, skip, skip, projection=True)
-    return "doubtful" if any(nonlinear) and all(weights) or all(nonlinear) and any(weights) else None
+    unsure = any(nonlinear) and all(weights) or all(nonlinear) and any(weights)
+    return Verdict.DOUBTFUL if unsure else Verdict.OTHER
 
 
 def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set[int]) -> list[ResidualAddition]:
@@ -170,7 +188,7 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
 def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
     if residual.projection:
-        only = graph.ancestors[residual.branch] & ~graph.ancestors[residual.skip]
+        only = graph.only(residual.branch, residual.skip)
         return any(only >> node & 1 for node in nodes)
     return any(
         graph.reaches(node, residual.start) and node != residual.start
@@ -185,7 +203,7 @@ def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -
         i = pending.pop()
         if i in nodes:
             found.append(i)
-        elif i != stop and (not graph.is_weight_operation[i] or within >> i & 1):
+        elif i != stop and (not graph.nodes[i].is_weight_operation or within >> i & 1):
             fresh = [j for j in graph.data_inputs(i) if j not in seen]
             seen.update(fresh)
             pending.extend(fresh)
@@ -194,7 +212,7 @@ def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -
 
 def _is_beside(graph: Graph, node: int, residual: int) -> bool:
     """Whether a residual addition lies on one side only of a sum: then it joins streams, and is not doubtful."""
-    first, second = (i for i in graph.inputs[node] if i >= 0)
+    first, second = (i for i in graph.nodes[node].inputs if i >= 0)
     return graph.reaches(first, residual) != graph.reaches(second, residual)
 
 
@@ -202,7 +220,7 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
     """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
     for skip, branch in (operands, operands[::-1]):
         i, steps = branch, [branch]
-        while i not in waiting and LINEAR.match(graph.kind[i]) and len(graph.data_inputs(i)) == 1:
+        while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
             i = graph.data_inputs(i)[0]
             steps.append(i)
         if i in waiting:

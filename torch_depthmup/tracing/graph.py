@@ -1,14 +1,13 @@
 """One forward pass, recorded: the autograd graph as plain data, and the model left as it was.
 
-This room knows tensors, modules and autograd nodes, and no residual branches: `tracing.py` finds those in a `Graph`.
+This room knows tensors, modules and autograd nodes, and no residual branches: `additions.py` finds those in a `Graph`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
-from torch_depthmup.tracing.operations import addition_operands
+from torch_depthmup.tracing.operations import Kind, addition_operands, kind_of
 
-__all__ = ["Addition", "Graph", "MATRIX", "record"]
-
-
-MATRIX = re.compile(
-    r"^_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|GroupedMm|ScaledMm|ScaledGroupedMm|\w*Conv(olution)?\w*)"
-    r"Backward\d*$"
-)
-RECURRENT = re.compile(r"(Rnn|Lstm|Gru)\w*Backward\d*$")
-SOURCE = re.compile(r"^(Embedding|EmbeddingBag|Index|IndexSelect|Gather)\w*Backward\d*$")
+__all__ = ["Addition", "Graph", "Node", "record"]
 
 
 @dataclass(frozen=True)
@@ -40,40 +31,62 @@ class Addition:
     modules: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Node:
+    """A node of the autograd graph.
+
+    Args:
+        kind: what it does.
+        inputs: the indices of its operands, ``-1`` for an operand without gradient.
+        ancestors: a bit set over indices: what it is computed from, itself included.
+        is_data: whether it depends on the network's inputs.
+        weights: names of the parameters that it depends on, if it depends on nothing else.
+        is_direct: whether its value is one parameter, at most viewed.
+        is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
+        is_scalar: whether its value is a single number.
+    """
+
+    kind: Kind
+    inputs: tuple[int, ...]
+    ancestors: int
+    is_data: bool
+    weights: frozenset[str]
+    is_direct: bool
+    is_weight_operation: bool
+    is_scalar: bool
+
+
+@dataclass(frozen=True)
 class Graph:
     """The autograd graph of one forward pass, in topological order: a node's inputs come before it.
 
-    ``inputs[i]`` holds the indices of node ``i``'s operands, ``-1`` for an operand without gradient. ``ancestors[i]``
-    is a bit set that contains ``i`` itself. ``weights[i]`` names the parameters of a node that depends on nothing
-    else; a node with ``data[i]`` depends on the network's inputs. ``direct[i]``: its value is one parameter, at most
-    viewed. ``outputs_of[name]`` holds for each call of a module the nodes of what it returned, ``-1`` for what is not
-    in the graph.
+    Args:
+        nodes: all of them.
+        consumers: for each node the indices of the nodes that it is an operand of.
+        additions: the additions written in Python, by node.
+        outputs_of: for each call of a module the nodes of what it returned, ``-1`` for what is not in the graph.
     """
 
-    kind: list[str] = field(default_factory=list)
-    inputs: list[tuple[int, ...]] = field(default_factory=list)
-    consumers: list[list[int]] = field(default_factory=list)
-    data: list[bool] = field(default_factory=list)
-    weights: list[frozenset[str]] = field(default_factory=list)
-    direct: list[bool] = field(default_factory=list)
-    is_weight_operation: list[bool] = field(default_factory=list)
-    is_scalar: list[bool] = field(default_factory=list)
-    ancestors: list[int] = field(default_factory=list)
-    additions: dict[int, Addition] = field(default_factory=dict)
-    outputs_of: dict[str, list[list[int]]] = field(default_factory=dict)
+    nodes: tuple[Node, ...]
+    consumers: tuple[tuple[int, ...], ...]
+    additions: Mapping[int, Addition]
+    outputs_of: Mapping[str, list[list[int]]]
 
     def reaches(self, node: int, ancestor: int) -> bool:
         """Whether ``ancestor`` is ``node`` or one of its ancestors."""
-        return bool(self.ancestors[node] >> ancestor & 1)
+        return bool(self.nodes[node].ancestors >> ancestor & 1)
+
+    def only(self, one: int, other: int) -> int:
+        """What ``one`` is computed from and ``other`` is not, as a bit set."""
+        return self.nodes[one].ancestors & ~self.nodes[other].ancestors
 
     def data_inputs(self, node: int) -> list[int]:
         """The operands of a node that depend on the network's inputs."""
-        return [i for i in self.inputs[node] if i >= 0 and self.data[i]]
+        return [i for i in self.nodes[node].inputs if i >= 0 and self.nodes[i].is_data]
 
     def weight_inputs(self, node: int) -> list[int]:
         """The operands of a node that depend on parameters only."""
-        return [i for i in self.inputs[node] if i >= 0 and not self.data[i]]
+        return [i for i in self.nodes[node].inputs if i >= 0 and not self.nodes[i].is_data]
 
 
 class _Recorder(TorchFunctionMode):
@@ -187,66 +200,69 @@ def _topological(roots: list[Any]) -> list[Any]:
 
 def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
     index = {node: i for i, node in enumerate(order)}
-    names: dict[int, str] = {}
-    ndims: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        names[id(parameter)], ndims[name] = name, parameter.ndim
-    graph = Graph()
-    for i, node in enumerate(order):
-        kind = type(node).__name__
-        if kind == "CheckpointFunctionBackward":
-            raise TracingError(
-                "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
-                "model.gradient_checkpointing_disable(), or write use_reentrant=False"
-            )
-        inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in node.next_functions)
-        _append(graph, i, kind, inputs, node, names, ndims)
+    parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
+    ndims = dict(parameters.values())
+    nodes: list[Node] = []
+    consumers: list[list[int]] = [[] for _ in order]
+    for i, autograd_node in enumerate(order):
+        nodes.append(_node(autograd_node, nodes, index, parameters, ndims))
+        for j in nodes[i].inputs:
+            if j >= 0:
+                consumers[j].append(i)
+    additions = {}
     for ordinal, (result, operands, modules) in enumerate(recorder.additions):
         if result in index and all(operand in index for operand in operands):
             first, second = operands
-            graph.additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
-    for name, nodes in recorder.returned:
-        graph.outputs_of.setdefault(name, []).append([index.get(node, -1) for node in nodes])
-    return graph
+            additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
+    outputs_of: dict[str, list[list[int]]] = {}
+    for name, returned in recorder.returned:
+        outputs_of.setdefault(name, []).append([index.get(node, -1) for node in returned])
+    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
-def _append(
-    graph: Graph, i: int, kind: str, inputs: tuple[int, ...], node: Any, names: dict[int, str], ndims: dict[str, int]
-) -> None:
-    present = [j for j in inputs if j >= 0]
-    variable = getattr(node, "variable", None) if kind == "AccumulateGrad" else None
-    name = None if variable is None else names.get(id(variable))
-    weights = frozenset[str]().union(*(graph.weights[j] for j in present if not graph.data[j]))
-    # A matrix product whose other operand needs no gradient multiplies data that was made inside forward.
-    custom = issubclass(type(node), torch.autograd.function.BackwardCFunction)
-    matrix = bool(MATRIX.match(kind) or RECURRENT.search(kind)) or custom
-    matrices = [j for j in present if not graph.data[j] and any(ndims[w] >= 2 for w in graph.weights[j])]
-    constant = matrix and not custom and -1 in (inputs[:1] if "Conv" in kind or "Linear" in kind else inputs[-2:])
-    leaf_data = kind == "AccumulateGrad" and name is None
-    data = leaf_data or any(graph.data[j] for j in present) or bool(SOURCE.match(kind)) or constant
-    graph.kind.append(kind)
-    graph.inputs.append(inputs)
-    graph.consumers.append([])
-    graph.data.append(data)
-    graph.weights.append(frozenset() if data else weights | ({name} if name else frozenset()))
-    viewed = len(present) == 1 and len(inputs) == 1 and VIEW.match(kind) is not None and graph.direct[present[0]]
-    graph.direct.append(not data and (name is not None or viewed))
-    graph.is_weight_operation.append(data and matrix and bool(matrices))
-    graph.is_scalar.append(_is_scalar(node))
-    ancestors = 1 << i
-    for j in present:
-        ancestors |= graph.ancestors[j]
-        graph.consumers[j].append(i)
-    graph.ancestors.append(ancestors)
+def _node(
+    autograd_node: Any,
+    nodes: list[Node],
+    index: Mapping[Any, int],
+    parameters: Mapping[int, tuple[str, int]],
+    ndims: Mapping[str, int],
+) -> Node:
+    custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
+    kind = kind_of(type(autograd_node).__name__, custom)
+    if kind is Kind.CHECKPOINT:
+        raise TracingError(
+            "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
+            "model.gradient_checkpointing_disable(), or write use_reentrant=False"
+        )
+    inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in autograd_node.next_functions)
+    present = [nodes[j] for j in inputs if j >= 0]
+    weights = frozenset[str]().union(*(operand.weights for operand in present))
+    ancestors = 1 << len(nodes)
+    for operand in present:
+        ancestors |= operand.ancestors
+    name = parameters.get(id(autograd_node.variable), ("",))[0] if kind is Kind.LEAF else ""
+    starts_data = kind is Kind.LOOKUP or (kind is Kind.LEAF and not name) or _multiplies_constant_data(kind, inputs)
+    is_data = starts_data or any(operand.is_data for operand in present)
+    views_one = kind is Kind.VIEW and len(inputs) == len(present) == 1 and present[0].is_direct
+    return Node(
+        kind=kind,
+        inputs=inputs,
+        ancestors=ancestors,
+        is_data=is_data,
+        weights=frozenset() if is_data else weights | ({name} if name else frozenset()),
+        is_direct=not is_data and (bool(name) or views_one),
+        is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
+        is_scalar=_is_scalar(autograd_node),
+    )
 
 
-def _is_scalar(node: Any) -> bool:
-    metadata = getattr(node, "_input_metadata", None) or ()
+def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
+    """Whether a weight multiplies data that was made inside forward and needs no gradient."""
+    if kind is Kind.CONVOLUTION:
+        return -1 in inputs[:1]
+    return kind in (Kind.MATRIX_PRODUCT, Kind.RECURRENT) and -1 in inputs[-2:]
+
+
+def _is_scalar(autograd_node: Any) -> bool:
+    metadata = getattr(autograd_node, "_input_metadata", None) or ()
     return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
-
-
-VIEW = re.compile(
-    r"^(View|UnsafeView|ReshapeAlias|AsStrided|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Slice|Select|Split|"
-    r"SplitWithSizes|Unbind|Clone|ToCopy|Alias|MovedimInt|Narrow|Unflatten|Repeat|Chunk)(WithSizes)?Backward\d*$"
-)
-"""Kinds of nodes that rearrange one tensor, or copy it."""

@@ -70,7 +70,7 @@ def _own(rate: float | None, lr: float) -> float:
 
 @dataclass(frozen=True)
 class _Block:
-    """What one block leaves for the backward pass: the activation's slope and the coordinates of each matrix's input."""
+    """What a block leaves for the backward pass: the activation's slope, the coordinates of each matrix's input."""
 
     slope: Tensor
     inputs: tuple[Tensor, ...]
@@ -78,7 +78,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass: its blocks, h_L, and the outputs (seeds, points, classes). It may have stopped early, not finite."""
+    """A forward pass: its blocks, h_L, the outputs (seeds, points, classes). It may have stopped early, not finite."""
 
     blocks: list[_Block]
     last: Tensor

@@ -45,7 +45,7 @@ def checked_dtype(dtype: torch.dtype) -> torch.dtype:
         DepthMuPError: it is another one.
     """
     if dtype not in (torch.float32, torch.float64):
-        raise DepthMuPError(f"dtype must be torch.float32 or torch.float64, not {dtype}: less precision hides directions")
+        raise DepthMuPError(f"dtype must be torch.float32 or torch.float64, not {dtype}: less hides directions")
     return dtype
 
 
@@ -212,7 +212,7 @@ def _directions(rows: Tensor, smallest: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class TrainedMatrix:
-    """gain * W + Q_b^T change Q_f: a Gaussian matrix and what training made of it, in coordinates of the queries so far.
+    """gain * W + Q_b^T change Q_f: a Gaussian matrix and what training made of it, in coordinates of the queries.
 
     Gradients and velocities are such matrices too, of gain 0, so the algebra of an optimizer works on them. Values are
     never changed; what grows with a product is the basis in `start`, in which all of them are written.

@@ -173,9 +173,7 @@ def tangent_kernel(setting: Setting, inputs: Tensor, *, coupling: Coupling = "re
     return theta
 
 
-def first_order_change(
-    setting: Setting, inputs: Tensor, targets: Tensor, *, coupling: Coupling = "reused"
-) -> Tensor:
+def first_order_change(setting: Setting, inputs: Tensor, targets: Tensor, *, coupling: Coupling = "reused") -> Tensor:
     """What one step changes the outputs by, to first order in the learning rate, from f = 0 at infinite width.
 
     Args:

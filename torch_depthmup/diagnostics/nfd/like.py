@@ -21,7 +21,7 @@ from torch_depthmup.diagnostics.nfd.simulate import simulate
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import RULES, get_family, predicted_slopes
 from torch_depthmup.scaling.registry import plan_of
-from torch_depthmup.tracing.branches import Trace, trace
+from torch_depthmup.tracing.branches import Trace, roles, trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
 __all__ = ["simulate_like"]
@@ -119,7 +119,6 @@ class _Layers:
 
 
 def _layers(model: nn.Module, found: Trace, rule: str) -> _Layers:
-    inside = {name: branch for branch in found.branches for name in (*branch.inner, *branch.outer)}
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2:
             kind = "a convolution" if parameter.ndim > 2 else "a bias, or the gain of a norm"
@@ -129,7 +128,7 @@ def _layers(model: nn.Module, found: Trace, rule: str) -> _Layers:
             _refuse(f"branch {branch.name} has {branch.levels} levels and an {branch.skip} skip", rule)
         if len(branch.inner) != branch.levels - 1:
             _refuse(f"branch {branch.name} has {len(branch.inner)} inner matrices: a gate, or attention", rule)
-    outside = [name for name, _ in model.named_parameters() if name not in inside]
+    outside = [name for name, _ in model.named_parameters() if name not in roles(found.branches)]
     if len(outside) != 2:
         _refuse(f"outside the blocks there should be a stem and a readout, and there are {outside}", rule)
     inner = tuple(name for branch in found.branches for name in branch.inner)

@@ -50,7 +50,8 @@ class DepthLimit:
     """Outputs extrapolated to infinite depth, or how they grow where there is no limit.
 
     Args:
-        value: (steps + 1, samples, classes), the intercept of a least-squares line in 1 / depth; ``None`` without limit.
+        value: (steps + 1, samples, classes), the intercept of a least-squares line in 1 / depth; ``None`` where
+            there is no limit.
         error: its standard error: the spread over seeds, and beside it the change of the intercept when the smallest
             depth is left out, which is the error of extrapolating by a line.
         rate: exponent p of the distance between the outputs of successive depths, which falls like depth ** -p. The
@@ -228,7 +229,8 @@ class Returns:
             lines.append(line)
         if self.growth:
             measured, error = self.measured_growth
-            lines.append(_no_limit(self.rule, self.growth) + f"; at this doubling like depth^{measured:.2f} ± {error:.2g}")
+            grows = f"; at this doubling like depth^{measured:.2f} ± {error:.2g}"
+            lines.append(_no_limit(self.rule, self.growth) + grows)
         return "\n".join([*lines, f"a single network's outputs vary by {self.seed_spread:.3g} from seed to seed"])
 
 
