@@ -30,6 +30,7 @@ __all__ = [
     "quiet",
     "tensors_in",
     "unwrap",
+    "without_numbers",
 ]
 
 
@@ -59,6 +60,14 @@ def normalise_name(name: str) -> str:
 def _parametrized(match: re.Match[str]) -> str:
     dot = "." if match.group(0).startswith(".") else ""
     return f"{dot}{match.group(1)}" + (f".{match.group(2)}" if match.group(2) else "")
+
+
+def without_numbers(name: str) -> str:
+    """A module's or parameter's name with ``#`` for every number: what the same places of several blocks share.
+
+    A number that tells apart the branches of one module (``"layers#1"``) is left out.
+    """
+    return re.sub(r"\d+", "#", re.sub(r"#\d+$", "", name))
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -119,11 +128,8 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             those of no data at all and let deep networks overflow.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None or buffer.is_meta else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies = {id(b): b.detach().clone() for _, own in buffers for b in own.values() if b is not None}
     frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
@@ -131,6 +137,9 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
     python_state = random.getstate()
     indices = [d.index for d in devices if d.index is not None and d.type == "cuda"]
     try:
+        # The pass gets copies, so that the buffers are never written to: a graph may wait for its backward pass.
+        for module, own in buffers:
+            module._buffers.update({name: b if b is None else copies[id(b)] for name, b in own.items()})
         for module, _ in modes:
             module.training = batch_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)
         for parameter in frozen:
@@ -147,27 +156,30 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
             module.training = training
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, name, buffer, saved in buffers:
-            module._buffers[name] = buffer
-            # What has not changed is not written to, since a graph may wait for its backward pass. (A version counter
-            # does not tell: batch norm writes its running statistics past it.)
-            if buffer is not None and saved is not None and not torch.equal(buffer, saved):
-                with torch.no_grad():
-                    buffer.copy_(saved)
+        for module, own in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)
 
 
 def has_batch_statistics(model: nn.Module, inputs: Any) -> bool:
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return False
+    """Whether the model has batch norms, and the batch enough samples for statistics of its own."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms) and _is_distributed():
+        return False  # synchronised statistics would wait for the other processes
     try:
-        with quiet(model, batch_statistics=True), torch.no_grad():
-            call(model, fresh(inputs))
+        if norms:
+            with quiet(model, batch_statistics=True), torch.no_grad():
+                call(model, fresh(inputs))
     except ValueError:  # "Expected more than 1 value per channel when training"
         return False
-    return True
+    return bool(norms)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextlib.contextmanager

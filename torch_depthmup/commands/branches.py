@@ -13,7 +13,7 @@ from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import initial_figure
 from torch_depthmup.running import normalise_name
 from torch_depthmup.tables import Table, columns, fold_names
-from torch_depthmup.tracing.branches import Branch
+from torch_depthmup.tracing.branches import Branch, roles
 
 __all__ = ["add_arguments", "branch_rows", "parameter_rows", "run"]
 
@@ -76,11 +76,10 @@ def branch_rows(branches: Sequence[Branch]) -> Table:
 
 def parameter_rows(branches: Sequence[Branch], model: nn.Module) -> Table:
     """The parameters in the branches and their sides, in the model's order, repeated blocks folded."""
-    sides = {name: "inner" for branch in branches for name in branch.inner}
-    sides |= {name: "outer" for branch in branches for name in branch.outer}
+    places = roles(branches)
     carriers = {name for branch in branches for name in branch.carrier}
     order = [normalise_name(name) for name, _ in model.named_parameters()]
     cells: dict[str, tuple[str, ...]] = {
-        name: (sides[name], "carrier" if name in carriers else "") for name in order if name in sides
+        name: (places[name][1], "carrier" if name in carriers else "") for name in order if name in places
     }
     return ("parameter", "side", ""), fold_names(cells)

@@ -1,15 +1,16 @@
 """Autograd graph -> residual streams and branches. Knows no rule: it says what is there, not what to do with it.
 
-`residuals.py` says which additions are residual. What lies between skip and addition is the branch
-(`branch_parameters.py`). Additions that are linked through their skips form a stream.
+`additions.py` says which additions are residual. What lies between skip and addition is the branch
+(`parameters.py`). Additions that are linked through their skips form a stream.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -19,17 +20,13 @@ from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, residual_additions
 from torch_depthmup.tracing.graph import Graph, record
-from torch_depthmup.tracing.operations import LINEAR
 from torch_depthmup.tracing.parameters import carrier_of, describe
+from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
-__all__ = ["Branch", "Pattern", "Trace", "find_branches", "trace"]
+__all__ = ["Branch", "Pattern", "Producer", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
 
 Pattern = str | type[nn.Module]
 """A name pattern (``fnmatch``, over module names) or a module class."""
-
-
-Producer = tuple[str, int, int]
-"""A module's name, which of its calls, and which of the tensors that the call returned."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +58,77 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Branches together with what carrying a plan out needs to know of the forward pass.
+class Site:
+    """Where a residual addition is written: its number among all additions of the pass, and its branch operand."""
+
+    ordinal: int
+    operand: int
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A call of a module that returns a value: the module's name, which of its calls, and which tensor it returned."""
+
+    module: str
+    call: int
+    output: int
+
+
+@dataclass(frozen=True)
+class TracedBranch:
+    """A branch with what carrying a plan out needs to know of the forward pass.
 
     Args:
-        branches: in forward order.
-        sites: for each branch the ordinal of its addition among all additions written in Python and the operand that
-            is the branch, or ``None`` where the addition is not visible from Python.
-        producers: for each branch its summands - one, unless no module returns their sum - and for each summand the
-            modules that return it, up to linear operations after them, as (name, which call, which output).
+        branch: what the user sees of it.
+        site: where its addition is, or ``None`` where Python does not see the addition.
+        summands: the values that it is the sum of - one, unless no module returns their sum - and for each of them the
+            modules that return it, up to linear operations after them.
+        nested: the indices of the branches inside it.
+    """
+
+    branch: Branch
+    site: Site | None
+    summands: tuple[tuple[Producer, ...], ...]
+    nested: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass shows of a model.
+
+    Args:
+        traced: its branches, in forward order.
         calls: how often each module was called.
         shared: parameters that several branches, or a branch and the rest of the network, use in weight operations,
             with the names of those branches.
         reached: names of the parameters that the example inputs reached.
-        contains: for each branch the indices of the branches nested in it.
+        loose: matrices that weight operations outside all branches and shortcuts use, but for modules that the user has
+            excluded.
+        uses: what the network does with each parameter.
+        trunk: the parameters of norms on a residual stream itself, with the stream.
     """
 
-    branches: tuple[Branch, ...]
-    sites: tuple[tuple[int, int] | None, ...]
-    producers: tuple[tuple[tuple[Producer, ...], ...], ...]
-    calls: dict[str, int]
-    shared: dict[str, tuple[str, ...]]
-    reached: frozenset[str]
-    contains: tuple[tuple[int, ...], ...]
+    traced: tuple[TracedBranch, ...] = ()
+    calls: Mapping[str, int] = field(default_factory=dict)
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reached: frozenset[str] = frozenset()
+    loose: frozenset[str] = frozenset()
+    uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
+    trunk: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches as the user sees them."""
+        return tuple(traced.branch for traced in self.traced)
+
+
+def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Literal["inner", "outer"]]]:
+    """Each parameter's branch, by its index in ``branches``, and its side there. Parameters outside are not in it."""
+    found: dict[str, tuple[int, Literal["inner", "outer"]]] = {}
+    for i, branch in enumerate(branches):
+        found |= dict.fromkeys(branch.inner, (i, "inner"))
+        found |= dict.fromkeys(branch.outer, (i, "outer"))
+    return found
 
 
 def find_branches(
@@ -138,6 +183,7 @@ def trace(
     found = _without_inner_steps(graph, found)
     _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
+    loose = _loose_matrices(graph, found, chosen[1] or set())
 
     def kept(name: str, node: int) -> bool:
         owners = _owners(graph, name, node)
@@ -147,7 +193,7 @@ def trace(
     keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
     found, names = [found[i] for i in keep], [names[i] for i in keep]
     _refuse_doubtful([node for node in doubtful if kept("", node)], graph)
-    return _assemble(graph, found, names)
+    return dataclasses.replace(_assemble(graph, found, names), loose=loose)
 
 
 def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
@@ -168,43 +214,44 @@ def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[Re
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
     streams, returned = _streams(graph, found), _returned(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
-    sides, shared = _sides(graph, found, names)
-    result = []
+    sides, shared = _sides(graph, found, names, streams)
+    traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
         carrier = carrier_of(graph, residual.branch, residual.parts)
-        result.append(
-            Branch(
-                name=names[i],
-                stream=streams[i],
-                position=streams[:i].count(streams[i]),
-                additions=depths[streams[i]],
-                skip="projection" if _has_weights(graph, residual) else "identity",
-                levels=residual.parts.levels,
-                inner=tuple(inner),
-                outer=tuple(outer),
-                # What something else uses too cannot carry this branch's multiplier.
-                carrier=carrier if set(carrier) <= {*inner, *outer} else (),
-            )
+        branch = Branch(
+            name=names[i],
+            stream=streams[i],
+            position=streams[:i].count(streams[i]),
+            additions=depths[streams[i]],
+            skip="projection" if _has_weights(graph, residual) else "identity",
+            levels=residual.parts.levels,
+            inner=tuple(inner),
+            outer=tuple(outer),
+            # What something else uses too cannot carry this branch's multiplier.
+            carrier=carrier if set(carrier) <= {*inner, *outer} else (),
         )
+        nested = (j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
+        summands = _summands(graph, residual.branch, residual.parts.nodes, returned)
+        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested)))
     return Trace(
-        branches=tuple(result),
-        sites=tuple(_site(graph, residual) for residual in found),
-        producers=tuple(_summands(graph, residual.branch, residual.parts.nodes, returned) for residual in found),
+        traced=tuple(traced),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
         shared=shared,
-        reached=frozenset().union(*graph.weights),
-        contains=tuple(
-            tuple(j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
-            for i, residual in enumerate(found)
+        reached=frozenset().union(*(node.weights for node in graph.nodes)),
+        uses=uses_of(graph),
+        trunk=trunk_parameters(
+            graph,
+            {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
+            [residual.start for residual in found],
         ),
     )
 
 
 def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
     """Whether the shortcut has weight operations of its own."""
-    only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch]
-    return residual.projection and any(only >> i & 1 for i, weight in enumerate(graph.is_weight_operation) if weight)
+    only = graph.only(residual.skip, residual.branch)
+    return residual.projection and any(node.is_weight_operation and only >> i & 1 for i, node in enumerate(graph.nodes))
 
 
 def _refuse_doubtful(doubtful: Iterable[int], graph: Graph) -> None:
@@ -269,7 +316,7 @@ def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
         for inner in found
     }
     for residual in found:
-        only = graph.ancestors[residual.skip] & ~graph.ancestors[residual.branch] if residual.projection else 0
+        only = graph.only(residual.skip, residual.branch) if residual.projection else 0
         before = [
             node
             for node in nearest_additions(graph, residual.skip, nodes, within=only)
@@ -281,33 +328,70 @@ def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
 
 
 def _sides(
-    graph: Graph, found: list[ResidualAddition], names: list[str]
+    graph: Graph, found: list[ResidualAddition], names: list[str], streams: list[int]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
-    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the shared weights."""
+    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the tied weights."""
     users: dict[str, dict[int, int]] = {}
-    matrices: set[str] = set()
     inside: set[int] = set()
     for i, residual in enumerate(found):
         inside |= residual.parts.nodes
         for name, side in residual.parts.sides.items():
             users.setdefault(name, {})[i] = side
-        matrices |= residual.parts.matrices
     elsewhere: set[str] = set()
-    for node in range(len(graph.kind)):
-        if graph.data[node] and node not in inside:
-            elsewhere |= {name for j in graph.weight_inputs(node) for name in graph.weights[j]}
+    for i, node in enumerate(graph.nodes):
+        if node.is_data and i not in inside:
+            elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
     sides: dict[str, tuple[int, int]] = {}
-    shared: dict[str, tuple[str, ...]] = {}
     for name, at in users.items():
         innermost = min(at, key=lambda i: len(found[i].parts.nodes))
         nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
-        parallel = len({(found[i].start, side) for i, side in at.items()}) == 1
-        if name in elsewhere or not (nested or parallel):
-            if name in matrices:
-                shared[name] = tuple(names[i] for i in at)
-        else:
+        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
             sides[name] = (innermost, at[innermost])
-    return sides, shared
+    shared = users.keys() - sides.keys()
+    # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
+    # parameter is shared is one matrix at several depths.
+    factors = set().union(*(residual.parts.factors for residual in found))
+    tied = {name for factor in factors if factor <= shared for name in factor}
+    return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
+
+
+def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
+    """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
+
+    Joint attention has queries, keys and values of two streams in the branches of both.
+    """
+    if len(set(at.values())) > 1:
+        return False
+    from_one_place = len({found[i].start for i in at}) == 1
+    depths = {streams.count(streams[i]) for i in at}
+    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
+
+
+def _loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:
+    """Matrices that are used outside all residual branches, chosen by the user or not, and outside their shortcuts."""
+    accounted: set[int] = set().union(*(residual.parts.nodes for residual in found))
+    for residual in found:
+        if residual.projection:
+            accounted |= set(_indices(graph.only(residual.skip, residual.branch)))
+    inside, outside = set[str](), set[str]()
+    for i, node in enumerate(graph.nodes):
+        if node.is_weight_operation:
+            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+            (inside if i in accounted else outside).update(used)
+    return frozenset(name for name in outside - inside if not excluded & set(_above(name)))
+
+
+def _indices(bits: int) -> Iterator[int]:
+    """The positions of the ones in a bit set."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
+def _above(name: str) -> list[str]:
+    """The modules that hold a parameter or a module, from the outermost on."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts) - 1)]
 
 
 def _unique(owners: list[str]) -> list[str]:
@@ -317,11 +401,11 @@ def _unique(owners: list[str]) -> list[str]:
     ]
 
 
-def _site(graph: Graph, residual: ResidualAddition) -> tuple[int, int] | None:
+def _site(graph: Graph, residual: ResidualAddition) -> Site | None:
     addition = graph.additions.get(residual.node)
     if addition is None or residual.branch not in addition.operands:
         return None
-    return addition.ordinal, addition.operands.index(residual.branch)
+    return Site(addition.ordinal, addition.operands.index(residual.branch))
 
 
 def _returned(graph: Graph) -> dict[int, list[Producer]]:
@@ -331,7 +415,7 @@ def _returned(graph: Graph) -> dict[int, list[Producer]]:
         for call, nodes in enumerate(outputs):
             for index, node in enumerate(nodes):
                 if name and node >= 0:
-                    returned.setdefault(node, []).append((name, call, index))
+                    returned.setdefault(node, []).append(Producer(name, call, index))
     return returned
 
 
@@ -358,9 +442,7 @@ def _group(found: list[Producer]) -> tuple[tuple[Producer, ...], ...]:
 
 def _keeps_multiples(graph: Graph, node: int) -> bool:
     """Whether a multiple of a node's data operands gives the same multiple of its value."""
-    kind, data = graph.kind[node], graph.data_inputs(node)
-    if not data or graph.is_weight_operation[node] or not LINEAR.match(kind):
+    data = graph.data_inputs(node)
+    if not data or graph.nodes[node].is_weight_operation or not graph.nodes[node].kind.is_linear:
         return False
-    if kind.startswith(("Add", "Sub", "Rsub")):
-        return len(data) == 2
-    return len(data) == 1
+    return len(data) == (2 if graph.nodes[node].kind.is_sum else 1)

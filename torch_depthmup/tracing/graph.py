@@ -1,14 +1,13 @@
 """One forward pass, recorded: the autograd graph as plain data, and the model left as it was.
 
-This room knows tensors, modules and autograd nodes, and no residual branches: `tracing.py` finds those in a `Graph`.
+This room knows tensors, modules and autograd nodes, and no residual branches: `additions.py` finds those in a `Graph`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
-from torch_depthmup.tracing.operations import addition_operands
+from torch_depthmup.tracing.operations import Kind, addition_operands, kind_of
 
-__all__ = ["Addition", "Graph", "MATRIX", "record"]
-
-
-MATRIX = re.compile(
-    r"^_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|GroupedMm|ScaledMm|ScaledGroupedMm|\w*Conv(olution)?\w*)"
-    r"Backward\d*$"
-)
-RECURRENT = re.compile(r"(Rnn|Lstm|Gru)\w*Backward\d*$")
-SOURCE = re.compile(r"^(Embedding|EmbeddingBag|Index|IndexSelect|Gather)\w*Backward\d*$")
+__all__ = ["Addition", "Graph", "Node", "record"]
 
 
 @dataclass(frozen=True)
@@ -40,40 +31,64 @@ class Addition:
     modules: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Node:
+    """A value of the forward pass: an output of a node of the autograd graph.
+
+    Args:
+        kind: what it does.
+        inputs: the indices of its operands, ``-1`` for an operand without gradient.
+        ancestors: a bit set over indices: what it is computed from, itself included.
+        is_data: whether it depends on the network's inputs.
+        weights: names of the parameters that it depends on, if it depends on nothing else.
+        is_direct: whether its value is one parameter, at most viewed.
+        is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
+        is_scalar: whether its value is a single number.
+        shape: of its value.
+    """
+
+    kind: Kind
+    inputs: tuple[int, ...]
+    ancestors: int
+    is_data: bool
+    weights: frozenset[str]
+    is_direct: bool
+    is_weight_operation: bool
+    is_scalar: bool
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Graph:
     """The autograd graph of one forward pass, in topological order: a node's inputs come before it.
 
-    ``inputs[i]`` holds the indices of node ``i``'s operands, ``-1`` for an operand without gradient. ``ancestors[i]``
-    is a bit set that contains ``i`` itself. ``weights[i]`` names the parameters of a node that depends on nothing
-    else; a node with ``data[i]`` depends on the network's inputs. ``direct[i]``: its value is one parameter, at most
-    viewed. ``outputs_of[name]`` holds for each call of a module the nodes of what it returned, ``-1`` for what is not
-    in the graph.
+    Args:
+        nodes: all of them.
+        consumers: for each node the indices of the nodes that it is an operand of.
+        additions: the additions written in Python, by node.
+        outputs_of: for each call of a module the nodes of what it returned, ``-1`` for what is not in the graph.
     """
 
-    kind: list[str] = field(default_factory=list)
-    inputs: list[tuple[int, ...]] = field(default_factory=list)
-    consumers: list[list[int]] = field(default_factory=list)
-    data: list[bool] = field(default_factory=list)
-    weights: list[frozenset[str]] = field(default_factory=list)
-    direct: list[bool] = field(default_factory=list)
-    is_weight_operation: list[bool] = field(default_factory=list)
-    is_scalar: list[bool] = field(default_factory=list)
-    ancestors: list[int] = field(default_factory=list)
-    additions: dict[int, Addition] = field(default_factory=dict)
-    outputs_of: dict[str, list[list[int]]] = field(default_factory=dict)
+    nodes: tuple[Node, ...]
+    consumers: tuple[tuple[int, ...], ...]
+    additions: Mapping[int, Addition]
+    outputs_of: Mapping[str, list[list[int]]]
 
     def reaches(self, node: int, ancestor: int) -> bool:
         """Whether ``ancestor`` is ``node`` or one of its ancestors."""
-        return bool(self.ancestors[node] >> ancestor & 1)
+        return bool(self.nodes[node].ancestors >> ancestor & 1)
+
+    def only(self, one: int, other: int) -> int:
+        """What ``one`` is computed from and ``other`` is not, as a bit set."""
+        return self.nodes[one].ancestors & ~self.nodes[other].ancestors
 
     def data_inputs(self, node: int) -> list[int]:
         """The operands of a node that depend on the network's inputs."""
-        return [i for i in self.inputs[node] if i >= 0 and self.data[i]]
+        return [i for i in self.nodes[node].inputs if i >= 0 and self.nodes[i].is_data]
 
     def weight_inputs(self, node: int) -> list[int]:
         """The operands of a node that depend on parameters only."""
-        return [i for i in self.inputs[node] if i >= 0 and not self.data[i]]
+        return [i for i in self.nodes[node].inputs if i >= 0 and not self.nodes[i].is_data]
 
 
 class _Recorder(TorchFunctionMode):
@@ -84,6 +99,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
         self.additions: list[tuple[Any, tuple[Any, Any], tuple[str, ...]]] = []
+        self.subtracts: list[bool] = []
         self.returned: list[tuple[str, list[Any]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -96,6 +112,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
         self.additions.append((_producer(result), before, tuple(self.stack)))
+        self.subtracts.append("sub" in func.__name__)
         return result
 
     @contextlib.contextmanager
@@ -121,13 +138,16 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
-def _producer(value: Any) -> Any:
-    """The autograd node that produced a tensor; for a leaf, the node that would accumulate its gradient."""
+Edge = tuple[Any, int]
+"""An autograd node and the number of its output: the halves of a chunk are values of their own."""
+
+
+def _producer(value: Any) -> Edge | None:
+    """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
-    if value.grad_fn is not None:
-        return value.grad_fn
-    return torch.autograd.graph.get_gradient_edge(value).node
+    edge = torch.autograd.graph.get_gradient_edge(value)
+    return edge.node, edge.output_nr
 
 
 def record(model: nn.Module, example_inputs: Any) -> Graph:
@@ -169,11 +189,11 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
         return _build(_topological(roots), model, recorder)
 
 
-def _topological(roots: list[Any]) -> list[Any]:
-    """All nodes behind the roots, inputs first. Written without recursion, since deep networks are the point."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(root, False) for root in reversed(roots)]
+def _topological(roots: list[Edge]) -> list[Edge]:
+    """All values behind the roots, inputs first. Written without recursion, since deep networks are the point."""
+    order: list[Edge] = []
+    seen: set[Edge] = set()
+    stack: list[tuple[Edge, bool]] = [(root, False) for root in reversed(roots)]
     while stack:
         node, done = stack.pop()
         if done:
@@ -181,72 +201,112 @@ def _topological(roots: list[Any]) -> list[Any]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((next_, False) for next_, _ in node.next_functions if next_ is not None and next_ not in seen)
+            stack.extend((next_, False) for next_ in _operands(node) if next_ not in seen)
     return order
 
 
-def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
+def _operands(edge: Edge) -> list[Edge]:
+    return [next_ for next_ in edge[0].next_functions if next_[0] is not None]
+
+
+def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
     index = {node: i for i, node in enumerate(order)}
-    names: dict[int, str] = {}
-    ndims: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        names[id(parameter)], ndims[name] = name, parameter.ndim
-    graph = Graph()
-    for i, node in enumerate(order):
-        kind = type(node).__name__
-        if kind == "CheckpointFunctionBackward":
-            raise TracingError(
-                "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
-                "model.gradient_checkpointing_disable(), or write use_reentrant=False"
-            )
-        inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in node.next_functions)
-        _append(graph, i, kind, inputs, node, names, ndims)
+    parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
+    ndims = dict(parameters.values())
+    nodes: list[Node] = []
+    consumers: list[list[int]] = [[] for _ in order]
+    in_place = _sums_into_views(recorder, index)
+    for i, (autograd_node, _) in enumerate(order):
+        kind = in_place[i].kind if i in in_place else None
+        nodes.append(_node(autograd_node, nodes, index, parameters, ndims, kind))
+        for j in nodes[i].inputs:
+            if j >= 0:
+                consumers[j].append(i)
+    additions = {}
     for ordinal, (result, operands, modules) in enumerate(recorder.additions):
         if result in index and all(operand in index for operand in operands):
             first, second = operands
-            graph.additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
-    for name, nodes in recorder.returned:
-        graph.outputs_of.setdefault(name, []).append([index.get(node, -1) for node in nodes])
-    return graph
+            additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
+    for i, view in in_place.items():
+        first, second = nodes[i].inputs[:2]
+        additions[i] = Addition(view.ordinal, (first, second), recorder.additions[view.ordinal][2])
+    outputs_of: dict[str, list[list[int]]] = {}
+    for name, returned in recorder.returned:
+        outputs_of.setdefault(name, []).append([index.get(node, -1) for node in returned])
+    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
-def _append(
-    graph: Graph, i: int, kind: str, inputs: tuple[int, ...], node: Any, names: dict[int, str], ndims: dict[str, int]
-) -> None:
-    present = [j for j in inputs if j >= 0]
-    variable = getattr(node, "variable", None) if kind == "AccumulateGrad" else None
-    name = None if variable is None else names.get(id(variable))
-    weights = frozenset[str]().union(*(graph.weights[j] for j in present if not graph.data[j]))
-    # A matrix product whose other operand needs no gradient multiplies data that was made inside forward.
-    custom = issubclass(type(node), torch.autograd.function.BackwardCFunction)
-    matrix = bool(MATRIX.match(kind) or RECURRENT.search(kind)) or custom
-    matrices = [j for j in present if not graph.data[j] and any(ndims[w] >= 2 for w in graph.weights[j])]
-    constant = matrix and not custom and -1 in (inputs[:1] if "Conv" in kind or "Linear" in kind else inputs[-2:])
-    leaf_data = kind == "AccumulateGrad" and name is None
-    data = leaf_data or any(graph.data[j] for j in present) or bool(SOURCE.match(kind)) or constant
-    graph.kind.append(kind)
-    graph.inputs.append(inputs)
-    graph.consumers.append([])
-    graph.data.append(data)
-    graph.weights.append(frozenset() if data else weights | ({name} if name else frozenset()))
-    viewed = len(present) == 1 and len(inputs) == 1 and VIEW.match(kind) is not None and graph.direct[present[0]]
-    graph.direct.append(not data and (name is not None or viewed))
-    graph.is_weight_operation.append(data and matrix and bool(matrices))
-    graph.is_scalar.append(_is_scalar(node))
-    ancestors = 1 << i
-    for j in present:
-        ancestors |= graph.ancestors[j]
-        graph.consumers[j].append(i)
-    graph.ancestors.append(ancestors)
+@dataclass(frozen=True)
+class _SumIntoView:
+    """A sum written into a view, ``h = fc(x); h += x`` on three-dimensional x: autograd calls it CopySlices."""
+
+    ordinal: int
+    kind: Kind
 
 
-def _is_scalar(node: Any) -> bool:
-    metadata = getattr(node, "_input_metadata", None) or ()
+def _sums_into_views(recorder: _Recorder, index: Mapping[Edge, int]) -> dict[int, _SumIntoView]:
+    """By the index of their CopySlices node."""
+    found: dict[int, _SumIntoView] = {}
+    for ordinal, (result, _, _) in enumerate(recorder.additions):
+        edge = result
+        while edge in index and kind_of(type(edge[0]).__name__) is Kind.VIEW and len(_operands(edge)) == 1:
+            (edge,) = _operands(edge)
+        if edge in index and type(edge[0]).__name__ == "CopySlices" and len(_operands(edge)) == 2:
+            kind = Kind.SUBTRACT if recorder.subtracts[ordinal] else Kind.ADD
+            found.setdefault(index[edge], _SumIntoView(ordinal, kind))
+    return found
+
+
+def _node(
+    autograd_node: Any,
+    nodes: list[Node],
+    index: Mapping[Edge, int],
+    parameters: Mapping[int, tuple[str, int]],
+    ndims: Mapping[str, int],
+    kind: Kind | None,
+) -> Node:
+    custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
+    kind = kind or kind_of(type(autograd_node).__name__, custom)
+    if kind is Kind.CHECKPOINT:
+        raise TracingError(
+            "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
+            "model.gradient_checkpointing_disable(), or write use_reentrant=False"
+        )
+    inputs = tuple(-1 if next_[0] is None else index[next_] for next_ in autograd_node.next_functions)
+    present = [nodes[j] for j in inputs if j >= 0]
+    weights = frozenset[str]().union(*(operand.weights for operand in present))
+    ancestors = 1 << len(nodes)
+    for operand in present:
+        ancestors |= operand.ancestors
+    name = parameters.get(id(autograd_node.variable), ("",))[0] if kind is Kind.LEAF else ""
+    starts_data = kind is Kind.LOOKUP or (kind is Kind.LEAF and not name) or _multiplies_constant_data(kind, inputs)
+    is_data = starts_data or any(operand.is_data for operand in present)
+    views_one = kind is Kind.VIEW and len(inputs) == len(present) == 1 and present[0].is_direct
+    return Node(
+        kind=kind,
+        inputs=inputs,
+        ancestors=ancestors,
+        is_data=is_data,
+        weights=frozenset() if is_data else weights | ({name} if name else frozenset()),
+        is_direct=not is_data and (bool(name) or views_one),
+        is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
+        is_scalar=_is_scalar(autograd_node),
+        shape=_shape(autograd_node),
+    )
+
+
+def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
+    """Whether a weight multiplies data that was made inside forward and needs no gradient."""
+    if kind is Kind.CONVOLUTION:
+        return -1 in inputs[:1]
+    return kind in (Kind.MATRIX_PRODUCT, Kind.RECURRENT) and -1 in inputs[-2:]
+
+
+def _is_scalar(autograd_node: Any) -> bool:
+    metadata = getattr(autograd_node, "_input_metadata", None) or ()
     return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
 
 
-VIEW = re.compile(
-    r"^(View|UnsafeView|ReshapeAlias|AsStrided|T|Transpose|Permute|Expand|Squeeze|Unsqueeze|Slice|Select|Split|"
-    r"SplitWithSizes|Unbind|Clone|ToCopy|Alias|MovedimInt|Narrow|Unflatten|Repeat|Chunk)(WithSizes)?Backward\d*$"
-)
-"""Kinds of nodes that rearrange one tensor, or copy it."""
+def _shape(autograd_node: Any) -> tuple[int, ...]:
+    metadata = getattr(autograd_node, "_input_metadata", None) or (None,)
+    return () if metadata[0] is None else tuple(int(size) for size in metadata[0].shape)

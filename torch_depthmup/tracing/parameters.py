@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch_depthmup.tracing.graph import MATRIX, Graph
-from torch_depthmup.tracing.operations import HOMOGENEOUS, LINEAR, NORM
+from torch_depthmup.tracing.graph import Graph, Node
+from torch_depthmup.tracing.operations import Kind
 
 __all__ = ["Parts", "carrier_of", "describe"]
 
@@ -18,6 +18,7 @@ INNER, OUTER = 0, 1
 
 class _Addition(Protocol):
     node: int
+    skip: int
 
 
 @dataclass
@@ -26,14 +27,15 @@ class Parts:
 
     ``nodes`` are the data nodes between skip and addition. ``level[i]`` counts the weight operations on the longest
     path from the skip to node ``i``, itself included. ``sides`` maps each parameter to inner (0) or outer (1);
-    ``matrices`` are those that weight operations use. ``owner`` is the innermost module path around these.
+    ``factors`` are what weight operations multiply data with, each by the names of its parameters. ``owner`` is the
+    innermost module path around these.
     """
 
     nodes: frozenset[int] = frozenset()
     level: dict[int, int] = field(default_factory=dict)
     levels: int = 0
     sides: dict[str, int] = field(default_factory=dict)
-    matrices: frozenset[str] = frozenset()
+    factors: frozenset[frozenset[str]] = frozenset()
     owner: str = ""
 
 
@@ -41,42 +43,46 @@ def describe(
     graph: Graph, addition: int, branch: int, start: int, projection: bool, residuals: Sequence[_Addition]
 ) -> Parts:
     """The parts of a branch that ends in node ``branch`` and starts from node ``start``."""
-    others = {residual.node for residual in residuals} - {addition}
+    others = {residual.node: residual.skip for residual in residuals if residual.node != addition}
     nodes = _between(graph, addition, branch, start, projection, others)
     level: dict[int, int] = {}
     for i in sorted(nodes):
         below = max((level[j] for j in graph.data_inputs(i) if j in nodes), default=0)
         from_skip = projection or graph.reaches(i, start)  # another stream's keys, say, are no step from the skip
-        level[i] = below + (graph.is_weight_operation[i] and from_skip)
+        level[i] = below + (graph.nodes[i].is_weight_operation and from_skip)
     later: dict[int, bool] = dict.fromkeys(nodes, False)  # does a weight operation follow?
     for i in sorted(nodes, reverse=True):
         for j in graph.data_inputs(i):
             if j in nodes:
-                later[j] = later[j] or later[i] or graph.is_weight_operation[i]
+                later[j] = later[j] or later[i] or graph.nodes[i].is_weight_operation
     sides: dict[str, int] = {}
-    matrices: set[str] = set()
+    factors: set[frozenset[str]] = set()
     for i in sorted(nodes):
         for j in graph.weight_inputs(i):
-            for name in sorted(graph.weights[j]):
+            for name in sorted(graph.nodes[j].weights):
                 sides[name] = min(sides.get(name, OUTER), INNER if later[i] else OUTER)
-                if graph.is_weight_operation[i]:
-                    matrices.add(name)
-    return Parts(nodes, level, level[branch], sides, frozenset(matrices), _owner(matrices))
+            if graph.nodes[i].is_weight_operation:
+                factors.add(graph.nodes[j].weights)
+    owner = _owner(set().union(*factors) or set(sides))
+    return Parts(nodes, level, level[branch], sides, frozenset(factors), owner)
 
 
 def _between(
-    graph: Graph, addition: int, branch: int, start: int, projection: bool, others: set[int]
+    graph: Graph, addition: int, branch: int, start: int, projection: bool, others: Mapping[int, int]
 ) -> frozenset[int]:
-    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses."""
+    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses.
+
+    Not beyond a residual addition (by its skip in ``others``) of another stream, whose skip comes from elsewhere.
+    """
     nodes: set[int] = set()
     pending, seen = [-branch], {branch}
     while pending:
         # Consumers come after a node, so in descending order they are decided before it.
         i = -heapq.heappop(pending)
         inside = not graph.reaches(start, i) if projection else i != start and graph.reaches(i, start)
-        foreign = i in others and not inside
+        foreign = i in others and not (inside and (projection or graph.reaches(others[i], start)))
         used_here = all(j in nodes or j == addition and i == branch for j in graph.consumers[i])
-        if not inside and (foreign or i == start or graph.reaches(start, i) or not used_here):
+        if foreign or not inside and (i == start or graph.reaches(start, i) or not used_here):
             continue
         nodes.add(i)
         for j in graph.data_inputs(i):
@@ -96,48 +102,68 @@ def _owner(matrices: set[str]) -> str:
 
 def carrier_of(graph: Graph, branch: int, parts: Parts) -> tuple[str, ...]:
     """The parameters of the last parametrised operations before the addition, in which the branch is linear."""
-    found = _carrier(graph, branch, parts)
-    return tuple(dict.fromkeys(found)) if found else ()
+    return tuple(dict.fromkeys(_carrier(graph, branch, parts) or ()))
 
 
-def _carrier(graph: Graph, node: int, parts: Parts) -> list[str] | None:
-    collected: list[str] = []
-    while True:
-        if node not in parts.nodes:
+def _carrier(graph: Graph, i: int, parts: Parts) -> list[str] | None:
+    """The carrier of one value of the branch, walking back over steps that keep positive factors; else ``None``."""
+    added: list[str] = []  # biases on the way: they are multiplied with what they are added to
+    while i in parts.nodes:
+        node, data, weights = graph.nodes[i], graph.data_inputs(i), graph.weight_inputs(i)
+        if weights and _is_parametrised(node):
+            return _joined(_names(graph, _weight_first(graph, weights)), added)
+        if node.kind.is_product and (weights or len(data) == 2):
+            return _joined(_carrier_of_product(graph, node, data, weights, parts), added)
+        biases = _names(graph, weights)
+        if biases is None or not _keeps_factors(node, bool(weights)):
             return None
-        kind, data, weights = graph.kind[node], graph.data_inputs(node), graph.weight_inputs(node)
-        if (graph.is_weight_operation[node] and MATRIX.match(kind)) or (NORM.match(kind) and weights):
-            # The weight first, then the bias, in whatever order the operation takes them.
-            weights = sorted(weights, key=lambda j: "bias" in "".join(graph.weights[j]).rpartition(".")[2])
-            return _extended(_names(graph, weights), collected)
-        operation = kind.removesuffix("0").removesuffix("Backward")
-        if operation in ("Mul", "Div") and weights and len(data) == 1:
-            return _extended(_names(graph, weights), collected) if operation == "Mul" else None
-        if operation == "Mul" and len(data) == 2:
-            return _extended(_gated(graph, data, parts), collected)
-        if operation in ("Add", "Sub") and weights:
-            names = _names(graph, weights)
-            if names is None:
-                return None
-            collected = names + collected
-        elif not (LINEAR.match(kind) or HOMOGENEOUS.match(kind)) or weights:
-            return None
-        elif operation in ("Add", "Sub") and len(graph.inputs[node]) > 1 and -1 in graph.inputs[node]:
-            return None  # a constant added to the branch is not multiplied with it
+        added = biases + added
         if len(data) != 1:
-            sides = [_carrier(graph, j, parts) for j in data]
-            if not sides or any(side is None for side in sides):
-                return None
-            return [name for side in sides for name in side or ()] + collected
-        node = data[0]
+            return _joined(_carrier_of_all(graph, data, parts), added)
+        i = data[0]
+    return None
 
 
-def _extended(names: list[str] | None, collected: list[str]) -> list[str] | None:
-    return names + collected if names else None
+def _is_parametrised(node: Node) -> bool:
+    """Whether a node is linear in the weights that it has: a matrix product, a convolution or a norm."""
+    return node.kind is Kind.NORM or node.is_weight_operation and node.kind.takes_one_factor_of_data
 
 
-def _gated(graph: Graph, operands: list[int], parts: Parts) -> list[str] | None:
-    """A product of two data paths is linear in each: the one with more levels carries, if the other does not see it."""
+def _keeps_factors(node: Node, with_weights: bool) -> bool:
+    """Whether a positive multiple of the operands, weights included, gives the same multiple of the value."""
+    if node.kind.is_sum:
+        return sum(i >= 0 for i in node.inputs) > 1  # else it adds a constant
+    return node.kind.keeps_positive_factors and not with_weights
+
+
+def _weight_first(graph: Graph, weights: list[int]) -> list[int]:
+    """The weight before the bias, in whatever order the operation takes them."""
+    return sorted(weights, key=lambda j: "bias" in "".join(graph.nodes[j].weights).rpartition(".")[2])
+
+
+def _joined(names: list[str] | None, added: list[str]) -> list[str] | None:
+    return names + added if names else None
+
+
+def _carrier_of_all(graph: Graph, data: list[int], parts: Parts) -> list[str] | None:
+    """The carriers of all summands, or ``None`` where one of them has none."""
+    found = [_carrier(graph, j, parts) for j in data]
+    return None if not all(found) else [name for names in found for name in names or ()]
+
+
+def _carrier_of_product(
+    graph: Graph, node: Node, data: list[int], weights: list[int], parts: Parts
+) -> list[str] | None:
+    """A gain's product is linear in the gain, that of two data paths in each path; a quotient in neither."""
+    if node.kind is Kind.DIVIDE:
+        return None
+    if weights:
+        return _names(graph, weights) if len(data) == 1 else None
+    return _carrier_of_gated(graph, data, parts)
+
+
+def _carrier_of_gated(graph: Graph, operands: list[int], parts: Parts) -> list[str] | None:
+    """Of a path and its gate the one with more levels carries, if the other does not see it."""
     if len(set(operands)) < 2:
         return None
     first, second = sorted(operands, key=lambda j: -parts.level.get(j, 0))
@@ -150,11 +176,11 @@ def _gated(graph: Graph, operands: list[int], parts: Parts) -> list[str] | None:
 
 
 def _all_names(graph: Graph, node: int) -> set[str]:
-    return {name for j in graph.weight_inputs(node) for name in graph.weights[j]}
+    return {name for j in graph.weight_inputs(node) for name in graph.nodes[j].weights}
 
 
 def _names(graph: Graph, nodes: list[int]) -> list[str] | None:
     """The parameters behind these operands, or ``None`` where one is more than a view of a single parameter."""
-    if not all(graph.direct[j] for j in nodes):
+    if not all(graph.nodes[j].is_direct for j in nodes):
         return None
-    return [name for j in nodes for name in graph.weights[j]]
+    return [name for j in nodes for name in graph.nodes[j].weights]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class AtAdditions(TorchFunctionMode):
 
     def __init__(self, found: Trace):
         super().__init__()
-        self.sites = {site[0]: (site[1], i) for i, site in enumerate(found.sites) if site is not None}
+        self.sites = {t.site.ordinal: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
         self.ordinal = -1
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -68,7 +69,7 @@ class Meter(AtAdditions):
         return func(*changed, *args[2:], **rest)
 
 
-def run_metered(model: nn.Module, inputs: Any, meter: Meter) -> None:
-    """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
+def run_metered(model: nn.Module, inputs: Any, meter: AbstractContextManager) -> Any:
+    """The model's output; batch statistics where the batch has any: running ones of a fresh network are of no data."""
     with quiet(model, batch_statistics=has_batch_statistics(model, inputs)), exact_matrix_products(), meter:
-        call(model, fresh(inputs))
+        return call(model, fresh(inputs))

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_depthmup.errors import MeasurementError
-from torch_depthmup.running import call, exact_matrix_products, fresh, main_output, quiet, tensors_in, unwrap
+from torch_depthmup.running import (
+    call,
+    exact_matrix_products,
+    fresh,
+    has_batch_statistics,
+    main_output,
+    quiet,
+    tensors_in,
+    unwrap,
+)
 from torch_depthmup.tracing.branches import Trace, trace
 from torch_depthmup.tracing.replay import AtAdditions
 
@@ -80,20 +89,19 @@ class Probe:
     def __init__(self, model: nn.Module, inputs: Any, objective: Callable[[Any], Tensor], **options: Any):
         self.model, self.inputs, self.objective = unwrap(model), inputs, objective
         _check_devices(self.model, inputs)
-        with _copied_buffers(self.model):
-            self.found: Trace = trace(self.model, inputs, **options)
+        self.found: Trace = trace(self.model, inputs, **options)
         if not self.found.branches:
             raise MeasurementError(
                 f"{type(self.model).__name__} has no residual branches to watch. Name them: branches=['<module whose "
                 "output is added to the skip>']"
             )
-        hidden = [b.name for b, site in zip(self.found.branches, self.found.sites, strict=True) if site is None]
+        hidden = [traced.branch.name for traced in self.found.traced if traced.site is None]
         if hidden:
             raise MeasurementError(
                 f"{hidden[0]}: its addition happens out of Python's sight (a scripted module?), so it cannot be "
                 "watched. Write the addition in Python, or use dm.Residual"
             )
-        self.batch_statistics = self._allows_batch_statistics()
+        self.batch_statistics = has_batch_statistics(self.model, inputs)
 
     def run(
         self, see_product: Callable[[Product], bool | None], see_stream: Callable[[int, Tensor, Tensor], None]
@@ -121,38 +129,12 @@ class Probe:
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """`quiet`, on copies of the buffers, without the caller's autocast."""
+        """`quiet`, without the caller's autocast."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_copied_buffers(self.model))
             stack.enter_context(quiet(self.model, batch_statistics=self.batch_statistics))
             for device in {p.device.type for p in self.model.parameters()}:
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
-
-    def _allows_batch_statistics(self) -> bool:
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not norms or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False  # synchronised statistics would wait for the other processes
-        self.batch_statistics = True
-        try:
-            with self._undisturbed(), torch.no_grad():
-                call(self.model, fresh(self.inputs))
-        except ValueError:  # "Expected more than 1 value per channel when training"
-            return False
-        return True
-
-
-@contextlib.contextmanager
-def _copied_buffers(model: nn.Module) -> Iterator[None]:
-    """Spares the buffers any write, which would spoil a graph that still waits for its backward pass."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    try:
-        for module, buffers in kept:
-            module._buffers.update({k: None if b is None else b.detach().clone() for k, b in buffers.items()})
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
 
 
 def _check_devices(model: nn.Module, inputs: Any) -> None:

@@ -1,6 +1,6 @@
 """Watches feature learning while a network trains: what moved, what arrived from below, what each layer learned itself.
 
-The measuring pass is in `probing.py`, the words in `findings.py`, files in `writers.py`.
+The measuring pass is in `probe.py`, the words in `report.py`, files in `writers.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.monitor.features import (
+    FUNCTION,
+    Feature,
+    Function,
+    Layer,
+    StreamAfter,
+    by_kind,
+    from_kinds,
+)
 from torch_depthmup.diagnostics.monitor.probe import Probe, Product, Sights, signed_sum
-from torch_depthmup.diagnostics.monitor.report import Report, report
+from torch_depthmup.diagnostics.monitor.report import Report, Start, report
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.errors import MeasurementError, PlanError
-from torch_depthmup.rules import Role
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
-from torch_depthmup.tracing.branches import Branch, Pattern
+from torch_depthmup.tracing.branches import Branch, Pattern, roles
 
 __all__ = ["COLUMNS", "FeatureMonitor", "NUMBERS"]
 
@@ -42,7 +50,7 @@ COLUMNS = (
     "below",
     "own_share",
     "added",
-    "alignment",
+    "gradient_alignment",
     "gradient",
     "weight",
     "weight_update",
@@ -53,7 +61,7 @@ COLUMNS = (
 
 NUMBERS = COLUMNS[COLUMNS.index("size") : COLUMNS.index("folded")]
 Row = dict[str, Any]
-FORMAT = 1
+FORMAT = 2
 
 
 class FeatureMonitor:
@@ -68,11 +76,13 @@ class FeatureMonitor:
 
     - ``"function"``: the main output. ``size``, ``update`` since initialization, ``change`` since the last record.
     - ``"stream"``: the sum h after a residual addition. Besides these ``added`` (the branch's value), ``gradient`` (of
-      the objective, at h) and ``alignment``: the mean over the first dimension of the cosine of h and its gradient.
+      the objective, at h) and ``gradient_alignment``: the mean over the first dimension of the cosine of h and its
+      gradient.
     - ``"layer"``: a weight operation's W h without bias, with W0 and h0 at initialization. ``own`` is (W - W0) h,
       ``initial`` is W0 h, ``below`` is W0 (h - h0); as vectors ``update = own + below``, and ``own_share`` is the share
-      of ``own`` in ``update``: their inner product over ``update``'s square, NaN where nothing changed. ``alignment``
-      is the cosine of W0 h and the gradient, which independence of forward and backward noise takes to be zero.
+      of ``own`` in ``update``: their inner product over ``update``'s square, NaN where nothing changed.
+      ``gradient_alignment`` is the cosine of W0 h and the gradient, which independence of forward and backward noise
+      takes to be zero.
       ``weight`` and ``weight_update`` are Frobenius norms of W and W - W0, ``weight_gradient`` that of the parameter's
       ``.grad``, NaN without.
       ``folded`` is the branch multiplier that the weight contains. An expert that gets other samples than at first has
@@ -87,7 +97,7 @@ class FeatureMonitor:
         layers: name patterns of weights to watch, or of modules that hold them, such as ``"*.fc1.weight"`` or
             ``"blocks.0.*"``; ``None`` watches all weight operations. Residual streams are always watched.
         device: where the reference weights and features are kept; ``None`` is beside the model.
-        objective: model output -> scalar whose gradients are measured; the default is `probing.signed_sum`.
+        objective: model output -> scalar whose gradients are measured; the default is `probe.signed_sum`.
         writers: callables that get the new rows (a list of dicts) at each record; see `writers.py`.
         include: as in `find_branches`.
         exclude: as in `find_branches`.
@@ -121,15 +131,12 @@ class FeatureMonitor:
         self.device = None if device is None else torch.device(device)
         self._probe: Probe | None = Probe(model, probe, objective, include=include, exclude=exclude, branches=branches)
         self.branches: tuple[Branch, ...] = self._probe.found.branches
-        self._sides: dict[str, tuple[int, Role]] = {}
-        for i, branch in enumerate(self.branches):
-            self._sides |= {name: (i, "inner") for name in branch.inner}
-            self._sides |= {name: (i, "outer") for name in branch.outer}
+        self._roles = roles(self.branches)
         self.plan: Plan | None = _plan(self._probe.model)
         self._patterns = [layers] if isinstance(layers, str) else layers
         self._weights: dict[str, Tensor] = {}
-        self._first: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}
+        self._first: dict[Feature, Tensor] = {}
+        self._last: dict[Feature, Tensor] = {}
         self._keep_reference()
         self.start = self._sizes()
 
@@ -172,12 +179,13 @@ class FeatureMonitor:
             family: the optimizer's family, ``"sgd"`` or an Adam-like one, whose predicted exponents are shown.
 
         Returns:
-            A `findings.Report`: ``print`` it, or read its ``findings``, ``stages`` and ``streams``.
+            A `report.Report`: ``print`` it, or read its ``findings``, ``stages`` and ``streams``.
 
         Raises:
             MeasurementError: nothing was recorded yet.
         """
-        return report(self, base, family)
+        base_rows = getattr(base, "rows", base)
+        return report(self.rows, self.start, plan=self.plan, base=base_rows, family=family, memory=self.memory)
 
     def close(self) -> None:
         """Lets go of the model and of all reference tensors, and closes the writers. Rows stay readable."""
@@ -200,8 +208,8 @@ class FeatureMonitor:
         return {
             "format": FORMAT,
             "weights": dict(self._weights),
-            "first": dict(self._first),
-            "last": dict(self._last),
+            "first": by_kind(self._first),
+            "last": by_kind(self._last),
             "rows": [dict(row) for row in self.rows],
         }
 
@@ -213,26 +221,30 @@ class FeatureMonitor:
         """
         if state.get("format") != FORMAT:
             raise MeasurementError(f"this monitor state has format {state.get('format')!r}, expected {FORMAT}")
-        for own, key in ((self._weights, "weights"), (self._first, "first"), (self._last, "last")):
-            given = state[key]
+        kept: list[tuple[dict[Any, Tensor], dict[Any, Tensor]]] = [
+            (self._weights, state["weights"]),
+            (self._first, from_kinds(state["first"])),
+            (self._last, from_kinds(state["last"])),
+        ]
+        for own, given in kept:
             wrong = [k for k in own.keys() | given.keys() if k not in own or k not in given]
             wrong += [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
             if wrong:
                 raise MeasurementError(
-                    f"{sorted(wrong)[0]}: the state is of another model, probe batch or choice of layers. Make the "
-                    "monitor as in the run that wrote it"
+                    f"{min(map(self._label, wrong))}: the state is of another model, probe batch or choice of layers. "
+                    "Make the monitor as in the run that wrote it"
                 )
-        for own, key in ((self._weights, "weights"), (self._first, "first"), (self._last, "last")):
-            own.update({k: value.to(own[k], copy=True) for k, value in state[key].items()})
+        for own, given in kept:
+            own.update({key: value.to(own[key], copy=True) for key, value in given.items()})
         self.rows = [dict(row) for row in state["rows"]]
         self.start = self._sizes()
 
-    def _sizes(self) -> dict[Any, float]:
-        """Initial sizes of the function and, by stream and position, of the residual streams."""
-        sizes: dict[Any, float] = {"function": float(_rms(self._first[FUNCTION]))}
-        for i, branch in enumerate(self.branches):
-            sizes[branch.stream, branch.position] = float(_rms(self._first[_key(i)]))
-        return sizes
+    def _sizes(self) -> Start:
+        streams = {
+            (branch.stream, branch.position): float(_rms(self._first[StreamAfter(i)]))
+            for i, branch in enumerate(self.branches)
+        }
+        return Start(float(_rms(self._first[FUNCTION])), streams)
 
     def _keep_reference(self) -> None:
         assert self._probe is not None
@@ -246,26 +258,26 @@ class FeatureMonitor:
                 if view not in copies:
                     copies[view] = self._kept(it.weight)
                 self._weights[it.name] = copies[view]
-                self._first[it.name] = self._kept(it.value)
+                self._first[Layer(it.name)] = self._kept(it.value)
             return self._watched(it.name)
 
         def stream(branch: int, value: Tensor, added: Tensor) -> None:
-            self._first[_key(branch)] = self._kept(value)
+            self._first[StreamAfter(branch)] = self._kept(value)
 
         self._check_patterns()
         sights = self._probe.run(product, stream)
         self._first[FUNCTION] = self._kept(sights.output)
-        missing = [self.branches[i].name for i in range(len(self.branches)) if _key(i) not in self._first]
+        missing = [branch.name for i, branch in enumerate(self.branches) if StreamAfter(i) not in self._first]
         if missing:
             raise MeasurementError(
                 f"{missing[0]}: the branch was not there in a second pass on the same inputs. A network that changes "
                 "from call to call cannot be watched; switch that off in evaluation mode"
             )
-        for name in [*seen, *map(_key, range(len(self.branches))), FUNCTION]:
-            if name in self._first and not self._first[name].isfinite().all():
+        for feature in [*map(Layer, seen), *map(StreamAfter, range(len(self.branches))), FUNCTION]:
+            if feature in self._first and not self._first[feature].isfinite().all():
                 raise MeasurementError(
-                    f"{self._label(name)}: not finite on the probe before any training step. Check the probe batch and "
-                    "the initialization (rule 'mup' lets deep networks without normalisation overflow)"
+                    f"{self._label(feature)}: not finite on the probe before any training step. Check the probe batch "
+                    "and the initialization (rule 'mup' lets deep networks without normalisation overflow)"
                 )
         for pattern in self._patterns or ():
             if not any(_fits(name, pattern) for name in self._weights):
@@ -288,22 +300,20 @@ class FeatureMonitor:
         copy = value.detach().clone()  # what a view shares would change with training
         return copy if self.device is None else copy.to(self.device)
 
-    def _label(self, key: str) -> str:
-        if key == FUNCTION:
-            return "the model's output"
-        return self.branches[int(key[1:])].name if key.startswith("@") else key
+    def _label(self, key: Feature | str) -> str:
+        match key:
+            case StreamAfter(branch):
+                return self.branches[branch].name
+            case Layer(name):
+                return name
+            case Function():
+                return "the model's output"
+        return key  # a weight is known by its name
 
 
 def _fits(name: str, pattern: str) -> bool:
     """Whether a pattern means a weight or a module around it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-
-
-FUNCTION = "@function"
-
-
-def _key(branch: int) -> str:
-    return f"@{branch}"
 
 
 def _plan(model: nn.Module) -> Plan | None:
@@ -320,14 +330,14 @@ class _Recording:
         self.monitor, self.probe = monitor, probe
         self.parameters = dict(probe.model.named_parameters())  # anew: loading a state may replace them
         self.entries: list[tuple[Row, dict[str, Tensor]]] = []
-        self.numbers: dict[str, dict[str, Tensor]] = {}
-        self.initial: dict[str, Tensor] = {}  # W0 h of layers, h of streams, until the gradients are there
-        self.now: dict[str, Tensor] = {}
+        self.numbers: dict[Feature, dict[str, Tensor]] = {}
+        self.initial: dict[Feature, Tensor] = {}  # W0 h of layers, h of streams, until the gradients are there
+        self.now: dict[Feature, Tensor] = {}
 
     def rows(self, step: int) -> list[Row]:
         sights = self.probe.run(self._product, self._stream)
         monitor = self.monitor
-        missing = [branch.name for i, branch in enumerate(monitor.branches) if _key(i) not in self.numbers]
+        missing = [branch.name for i, branch in enumerate(monitor.branches) if StreamAfter(i) not in self.numbers]
         if missing:
             raise MeasurementError(
                 f"{missing[0]}: it was there when the monitor was made and is not any more. A network that changes "
@@ -346,31 +356,27 @@ class _Recording:
             rows.append({"step": step, **row, **{n: measured.get(n, math.nan) for n in NUMBERS}})
         return [{column: row[column] for column in COLUMNS} for row in rows]
 
-    def _row(self, key: str) -> Row:
+    def _row(self, feature: Feature) -> Row:
         monitor = self.monitor
         row: Row = {"stream": -1, "branch": "", "position": -1, "additions": 0, "layer": "", "role": "outside"}
         row |= {"kind": "function", "folded": 1.0}
         index: int | None = None
-        if key.startswith("@") and key != FUNCTION:
-            index, row["kind"] = int(key[1:]), "stream"
-        elif key != FUNCTION:
-            name = key.partition("#")[0]
-            row |= {"kind": "layer", "layer": key}
-            if name in monitor._sides:
-                index, row["role"] = monitor._sides[name]
-            if monitor.plan is not None:
-                row["folded"] = monitor.plan[name].folded
+        match feature:
+            case StreamAfter(branch):
+                index, row["kind"] = branch, "stream"
+            case Layer(name):
+                row |= {"kind": "layer", "layer": name}
+                parameter = name.partition("#")[0]
+                if parameter in monitor._roles:
+                    index, row["role"] = monitor._roles[parameter]
+                if monitor.plan is not None:
+                    row["folded"] = monitor.plan[parameter].folded
         if index is not None:
-            branch = monitor.branches[index]
-            row |= {
-                "stream": branch.stream,
-                "branch": branch.name,
-                "position": branch.position,
-                "additions": branch.additions,
-            }
+            held = monitor.branches[index]
+            row |= {"stream": held.stream, "branch": held.name, "position": held.position, "additions": held.additions}
         return row
 
-    def _update(self, key: str, value: Tensor) -> Tensor:
+    def _update(self, key: Feature, value: Tensor) -> Tensor:
         """Notes size, update and change of a feature; returns its update since initialization."""
         if value.shape != self.monitor._first[key].shape:
             raise MeasurementError(
@@ -384,7 +390,7 @@ class _Recording:
         return update
 
     def _stream(self, branch: int, value: Tensor, added: Tensor) -> None:
-        key = _key(branch)
+        key = StreamAfter(branch)
         self._update(key, value)
         self.numbers[key]["added"] = _rms(added)
         self.initial[key] = self.now[key]
@@ -394,15 +400,16 @@ class _Recording:
         monitor = self.monitor
         if it.name not in monitor._weights:
             return False
+        key = Layer(it.name)
         difference = it.weight - monitor._weights[it.name].to(it.weight.device)
         own = it.times(difference)
         initial = it.value - own
-        if it.value.shape == monitor._first[it.name].shape:
-            update = self._update(it.name, it.value)
+        if it.value.shape == monitor._first[key].shape:
+            update = self._update(key, it.value)
         else:  # an expert that got other samples: what it learned itself is known, how its features moved is not
-            self.numbers[it.name] = {"size": _rms(it.value)}
+            self.numbers[key] = {"size": _rms(it.value)}
             update = torch.full_like(it.value, math.nan)
-        numbers = self.numbers[it.name]
+        numbers = self.numbers[key]
         numbers["own"], numbers["initial"], numbers["below"] = _rms(own), _rms(initial), _rms(update - own)
         wide = update.flatten().to(_wide(update))
         numbers["own_share"] = torch.dot(own.flatten().to(wide.dtype), wide) / torch.dot(wide, wide)
@@ -410,17 +417,18 @@ class _Recording:
         parameter = self.parameters.get(it.name.partition("#")[0])
         if parameter is not None and parameter.grad is not None:
             numbers["weight_gradient"] = _norm(parameter.grad)
-        self.initial[it.name] = initial
-        self.entries.append((self._row(it.name), numbers))
+        self.initial[key] = initial
+        self.entries.append((self._row(key), numbers))
         return True
 
     def _gradients(self, sights: Sights) -> None:
         with torch.no_grad():
-            by_key = {**sights.products, **{_key(i): gradient for i, gradient in sights.streams.items()}}
-            for key, gradient in by_key.items():
+            gradients: dict[Feature, Tensor | None] = {Layer(n): g for n, g in sights.products.items()}
+            gradients |= {StreamAfter(branch): g for branch, g in sights.streams.items()}
+            for key, gradient in gradients.items():
                 if gradient is not None:
                     self.numbers[key]["gradient"] = _rms(gradient)
-                    self.numbers[key]["alignment"] = _cosine(self.initial[key], gradient)
+                    self.numbers[key]["gradient_alignment"] = _cosine(self.initial[key], gradient)
 
 
 def _wide(value: Tensor) -> torch.dtype:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch_depthmup import rules
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.rules import Family, Rule, get_family
 from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.tables import columns
 
-if TYPE_CHECKING:
-    from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
-
-__all__ = ["Finding", "Kind", "Report", "Stage", "report"]
+__all__ = ["Finding", "Kind", "Report", "Stage", "Start", "StreamReport", "report"]
 
 Kind = Literal["collapse", "repaired", "exploding", "lazy", "untrained", "healthy"]
 Row = dict[str, Any]
@@ -90,6 +88,36 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Sizes before training, which updates are compared with.
+
+    Args:
+        function: of the main output.
+        streams: of the residual streams, by stream and position of the addition.
+    """
+
+    function: float
+    streams: Mapping[tuple[int, int], float]
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """A residual stream at the last record.
+
+    Args:
+        name: its number, the prefix of its branches, its additions.
+        update: at its end, relative to its initial size.
+        growth: its size at its end over the initial one.
+        gradient_alignment: the mean over its additions of the cosine between stream and gradient.
+    """
+
+    name: str
+    update: float
+    growth: float
+    gradient_alignment: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The last record of a monitor, summed up. ``print`` it.
 
@@ -97,8 +125,7 @@ class Report:
         step: of the last record.
         rule: the plan's rule, ``None`` without a plan.
         stages: measured own updates beside predicted exponents.
-        streams: for each stream its name, relative update, growth since initialization and mean alignment with the
-            gradient.
+        streams: what each residual stream did.
         function: the function's relative update.
         findings: what it means.
         memory: bytes that the monitor keeps between records.
@@ -107,7 +134,7 @@ class Report:
     step: int
     rule: Rule | None
     stages: tuple[Stage, ...]
-    streams: tuple[tuple[str, float, float, float], ...]
+    streams: tuple[StreamReport, ...]
     function: float
     findings: tuple[Finding, ...]
     memory: int
@@ -116,17 +143,18 @@ class Report:
         named = f"rule {self.rule.name}" if self.rule else "no plan"
         lines = [f"step {self.step}, {named}; the monitor keeps {self.memory / 2**20:.3g} MiB", ""]
         header = ("layers", "role", "number", "own update", "own/W0h", "share", "exponent", "predicted", "measured")
-        lines += _table([header, *map(_stage_cells, self.stages)])
+        lines += columns(header, [(stage.name, _stage_cells(stage)) for stage in self.stages])
         lines.append("")
-        cells = [(n, f"{u:.3g}", f"{g:.3g}x", f"{a:+.3f}") for n, u, g, a in self.streams]
-        lines += _table([("residual stream", "update/h0", "size/h0", "alignment"), *cells])
+        cells = [
+            (s.name, (f"{s.update:.3g}", f"{s.growth:.3g}x", f"{s.gradient_alignment:+.3f}")) for s in self.streams
+        ]
+        lines += columns(("residual stream", "update/h0", "size/h0", "gradient alignment"), cells)
         lines += ["", f"function: update/f0 {self.function:.3g}", ""]
         return "\n".join([*lines, *(f"- {finding.text}" for finding in self.findings)])
 
 
 def _stage_cells(stage: Stage) -> tuple[str, ...]:
     return (
-        stage.name,
         stage.role,
         str(stage.layers),
         f"{stage.own:.3g}",
@@ -138,42 +166,43 @@ def _stage_cells(stage: Stage) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-
-
-def report(monitor: FeatureMonitor, base: Any = None, family: str | Family = "adam") -> Report:
-    """Sums up a monitor's last record.
+def report(
+    rows: Sequence[Row],
+    start: Start,
+    *,
+    plan: Plan | None = None,
+    base: Any = None,
+    family: str | Family = "adam",
+    memory: int = 0,
+) -> Report:
+    """Sums up the last record among a monitor's rows.
 
     Args:
-        monitor: with at least one record.
-        base: the monitor of the base run, or its data frame; compared at the same step where it has it.
+        rows: of a monitor with at least one record.
+        start: the sizes before training.
+        plan: of the network, if it has one.
+        base: the rows of the base run, or its data frame; compared at the same step where they have it.
         family: the optimizer's family.
+        memory: bytes that the monitor keeps.
 
     Raises:
-        MeasurementError: nothing was recorded.
+        MeasurementError: nothing was recorded, or ``base`` is something else.
     """
-    if not monitor.rows:
+    if not rows:
         raise MeasurementError("nothing was recorded yet. Call monitor.record(step) after a training step")
-    step = monitor.rows[-1]["step"]
-    rows = _at(monitor.rows, step)
-    base_rows = None if base is None else _base_rows(base, step)
-    stages = tuple(_stages(rows, base_rows, monitor.plan, get_family(family)))
-    streams = tuple(_streams(rows, monitor.start))
-    function = next(row for row in rows if row["kind"] == "function")
-    moved = _over(function["update"], monitor.start["function"])
-    rule = None if monitor.plan is None else monitor.plan.rule
-    found = [*_exploding(rows, monitor.start), *_depth_findings(stages, rule, get_family(family))]
-    found += _lazy(rows, monitor.start, moved)
+    family = get_family(family)
+    last = _at(rows, rows[-1]["step"])
+    base_rows = None if base is None else _base_rows(base, last[0]["step"])
+    stages = tuple(_stages(last, base_rows, plan, family))
+    streams = tuple(_streams(last, start))
+    moved = _over(last[0]["update"], start.function)
+    rule = None if plan is None else plan.rule
+    found = [*_exploding(last, start), *_depth_findings(stages, rule, family), *_lazy(last, start, moved)]
     if not {finding.kind for finding in found} & {"exploding", "collapse", "lazy", "untrained"}:
-        most = max(update for _, update, _, _ in streams)
+        most = max(stream.update for stream in streams)
         text = f"features and function move together (streams by up to {most:.0%} of their size, "
         found.append(Finding("healthy", "", text + f"the function by {moved:.0%}): healthy"))
-    return Report(step, rule, stages, streams, moved, tuple(found), monitor.memory)
+    return Report(last[0]["step"], rule, stages, streams, moved, tuple(found), memory)
 
 
 def _at(rows: Iterable[Row], step: int) -> list[Row]:
@@ -184,9 +213,9 @@ def _at(rows: Iterable[Row], step: int) -> list[Row]:
 
 
 def _base_rows(base: Any, step: int) -> list[Row]:
-    if not (hasattr(base, "rows") or hasattr(base, "to_dict")):
+    if not (isinstance(base, list) or hasattr(base, "to_dict")):
         raise MeasurementError(f"base must be a FeatureMonitor or its data frame, not {type(base).__name__}")
-    rows: list[Row] = base.rows if hasattr(base, "rows") else base.to_dict("records")
+    rows: list[Row] = base if isinstance(base, list) else base.to_dict("records")
     if not rows:
         raise MeasurementError("base has no records. Record at the same steps in the base run")
     return _at(rows, step) or _at(rows, rows[-1]["step"])
@@ -258,19 +287,19 @@ def _stream_rows(rows: Iterable[Row]) -> dict[int, list[Row]]:
     return streams
 
 
-def _streams(rows: list[Row], start: dict[Any, float]) -> Iterable[tuple[str, float, float, float]]:
+def _streams(rows: list[Row], start: Start) -> Iterable[StreamReport]:
     for stream, members in _stream_rows(rows).items():
         last = members[-1]
-        begun = start[stream, last["position"]]
-        alignment = _mean(row["alignment"] for row in members)
-        name = f"{stream}: {_prefix(members[0]['branch'])}, depth {last['additions']}"
-        yield name, _over(last["update"], begun), _over(last["size"], begun), alignment
+        begun = start.streams[stream, last["position"]]
+        alignment = _mean(row["gradient_alignment"] for row in members)
+        name = f"{stream}: {_prefix(members[0]['branch'])}, {last['additions']} additions"
+        yield StreamReport(name, _over(last["update"], begun), _over(last["size"], begun), alignment)
 
 
 # Findings
 
 
-def _exploding(rows: list[Row], start: dict[Any, float]) -> Iterable[Finding]:
+def _exploding(rows: list[Row], start: Start) -> Iterable[Finding]:
     # The function stands first among the rows and comes last in the network.
     broken = next((row for row in [*rows[1:], rows[0]] if not math.isfinite(row["size"])), None)
     if broken is not None:
@@ -278,12 +307,12 @@ def _exploding(rows: list[Row], start: dict[Any, float]) -> Iterable[Finding]:
         yield Finding("exploding", where, f"{where} is not finite at step {broken['step']}: exploding; lower the lr")
         return
     for stream, members in _stream_rows(rows).items():
-        worst = max(members, key=lambda row: _over(row["size"], start[stream, row["position"]]))
-        grown = _over(worst["size"], start[stream, worst["position"]])
+        worst = max(members, key=lambda row: _over(row["size"], start.streams[stream, row["position"]]))
+        grown = _over(worst["size"], start.streams[stream, worst["position"]])
         if grown >= GROWN:
             text = f"the residual stream at {worst['branch']} is {grown:.3g}x its initial size: exploding; lower the lr"
             yield Finding("exploding", worst["branch"], text)
-        first, last = start[stream, members[0]["position"]], start[stream, members[-1]["position"]]
+        first, last = (start.streams[stream, end["position"]] for end in (members[0], members[-1]))
         if _over(last, first) >= THROUGH:
             text = (
                 f"the residual stream grows {_over(last, first):.3g}x from {members[0]['branch']} to "
@@ -366,12 +395,12 @@ def _price(stage: Stage, rule: Rule, family: Family) -> str:
     return f"; the price: the residual stream's update grows as depth^{growth:g}, up to {stage.ratio**growth:.2g}x here"
 
 
-def _lazy(rows: list[Row], start: dict[Any, float], function: float) -> Iterable[Finding]:
+def _lazy(rows: list[Row], start: Start, function: float) -> Iterable[Finding]:
     if all(row["update"] == 0 for row in rows if row["kind"] != "layer"):
         yield Finding("untrained", "", "nothing has moved since initialization: record after training steps")
         return
     features = max(
-        _over(row["update"], start[row["stream"], row["position"]]) for row in rows if row["kind"] == "stream"
+        _over(row["update"], start.streams[row["stream"], row["position"]]) for row in rows if row["kind"] == "stream"
     )
     if features < STILL and function > AHEAD * features:
         text = (

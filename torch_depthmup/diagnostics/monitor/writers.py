@@ -76,7 +76,9 @@ class TensorBoardWriter:
         quantities: the columns to write.
     """
 
-    def __init__(self, writer: Any, quantities: Iterable[str] = ("size", "update", "own", "alignment", "gradient")):
+    def __init__(
+        self, writer: Any, quantities: Iterable[str] = ("size", "update", "own", "gradient_alignment", "gradient")
+    ):
         self.writer, self.quantities = writer, tuple(quantities)
 
     def __call__(self, rows: Sequence[Row]) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.nfd.activations import ACTIVATIONS
 from torch_depthmup.diagnostics.nfd.result import NFDResult
-from torch_depthmup.diagnostics.nfd.setting import Loss, Scales
+from torch_depthmup.diagnostics.nfd.setting import Loss, Scales, Setting
 from torch_depthmup.diagnostics.nfd.simulate import simulate
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import RULES, get_family, predicted_slopes
 from torch_depthmup.scaling.registry import plan_of
-from torch_depthmup.tracing.branches import Trace, trace
+from torch_depthmup.tracing.branches import Trace, roles, trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
 __all__ = ["simulate_like"]
@@ -83,12 +83,12 @@ def simulate_like(
         outer_rate=rates["outer"],
         readout_rate=rates["readout"] * reading.readout_constant**2 * width,
     )
-    return simulate(
-        inputs, targets, depth=len(found.branches), steps=steps, lr=max(rates.values()), width=width,
-        activation=reading.activation, block_layers=2 if layers.inner else 1, rule="mup",
-        horizon=reading.branch_constant**2, momentum=momentum, loss=loss, seeds=seeds, scales=scales,
-        train_readout=rates["readout"] > 0, train_input=rates["stem"] > 0, **options,
+    setting = Setting(
+        depth=len(found.branches), steps=steps, lr=max(rates.values()), activation=reading.activation,
+        block_layers=2 if layers.inner else 1, rule="mup", loss=loss, horizon=reading.branch_constant**2,
+        momentum=momentum, train_readout=rates["readout"] > 0, train_input=rates["stem"] > 0, scales=scales,
     )  # fmt: skip
+    return simulate(setting, inputs, targets, width=width, seeds=seeds, **options)
 
 
 def _rule(model: nn.Module) -> str:
@@ -119,7 +119,6 @@ class _Layers:
 
 
 def _layers(model: nn.Module, found: Trace, rule: str) -> _Layers:
-    inside = {name: branch for branch in found.branches for name in (*branch.inner, *branch.outer)}
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2:
             kind = "a convolution" if parameter.ndim > 2 else "a bias, or the gain of a norm"
@@ -129,7 +128,7 @@ def _layers(model: nn.Module, found: Trace, rule: str) -> _Layers:
             _refuse(f"branch {branch.name} has {branch.levels} levels and an {branch.skip} skip", rule)
         if len(branch.inner) != branch.levels - 1:
             _refuse(f"branch {branch.name} has {len(branch.inner)} inner matrices: a gate, or attention", rule)
-    outside = [name for name, _ in model.named_parameters() if name not in inside]
+    outside = [name for name, _ in model.named_parameters() if name not in roles(found.branches)]
     if len(outside) != 2:
         _refuse(f"outside the blocks there should be a stem and a readout, and there are {outside}", rule)
     inner = tuple(name for branch in found.branches for name in branch.inner)
@@ -208,7 +207,7 @@ def _activation(
 
 
 def _factor(value: Tensor, reference: Tensor) -> tuple[float, float]:
-    """c in value = c * reference by least squares, and the relative residual."""
+    """c of the least-squares fit value = c * reference, and the residual relative to the value."""
     factor = float((value * reference).sum() / reference.square().sum())
     return factor, float((value - factor * reference).norm() / value.norm())
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
-from statistics import fmean, stdev
 
 import pytest
+from sweeps import noisy, parabola
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.plots import transfer_figure
 from torch_depthmup.diagnostics.transfer.optimum import Estimate
 from torch_depthmup.diagnostics.transfer.result import Sweep
 from torch_depthmup.diagnostics.transfer.runs import Job, Run
-
-
-def parabola(
-    rule: str, depth: int, centre: float, floor: float = 0.1, edge: float = math.inf, seeds: int = 2
-) -> list[Run]:
-    """Runs whose log loss is a parabola in log2 lr around ``centre``, diverged from ``edge`` on."""
-    runs = []
-    for i in range(-10, 0):
-        loss = math.inf if i >= edge else floor * math.exp(0.1 * (i - centre) ** 2)
-        runs += [Run(Job(rule, depth, 2.0**i, seed), loss, 1.0) for seed in range(seeds)]
-    return runs
 
 
 def test_optimum_drift_regret_and_edge_of_known_curves() -> None:
@@ -50,64 +38,11 @@ def test_a_curve_that_diverged_everywhere_has_no_optimum() -> None:
         sweep.optimum("mup", 5)
 
 
-def test_runs_survive_json_also_diverged_ones() -> None:
-    for run in (Run(Job("mup", 4, 0.1, 0), 0.3, 1.0), Run(Job("mup", 4, 0.1, 0), math.inf, 1.0)):
-        assert Run.from_json(run.to_json()) == run
-
-
-def noisy(centre: float, seeds: int, noise: float, random_seed: int, depth: int = 4, shared: float = 0.0) -> list[Run]:
-    """The same curves with independent noise in log loss, and a shift of each seed's optimum that depths share."""
-    shifts = random.Random(random_seed)
-    moved = [shared * shifts.gauss(0, 1) for _ in range(seeds)]
-    generator = random.Random(1000 * random_seed + depth)
-    return [
-        Run(
-            Job("mup", depth, 2.0**i, seed),
-            0.1 * math.exp(0.1 * (i - centre - moved[seed]) ** 2 + noise * generator.gauss(0, 1)),
-            1.0,
-        )
-        for i in range(-10, 0)
-        for seed in range(seeds)
-    ]
-
-
-def test_the_error_of_the_optimum_is_its_scatter() -> None:
-    """Over a hundred draws of three seeds: the jackknife against the spread that it estimates."""
-    optima = [Sweep(tuple(noisy(-5.3, 3, 0.05, draw))).optimum("mup", 4).log2_lr for draw in range(100)]
-    scatter = stdev(optimum.value for optimum in optima)
-    assert fmean(optimum.value for optimum in optima) == pytest.approx(-5.3, abs=3 * scatter / 10)
-    claimed = math.sqrt(fmean(optimum.error**2 for optimum in optima))
-    assert 0.7 * scatter < claimed < 1.5 * scatter
-
-
-def test_one_seed_has_an_error_too() -> None:
-    optima = [Sweep(tuple(noisy(-5.3, 1, 0.05, draw))).optimum("mup", 4).log2_lr for draw in range(100)]
-    claimed = math.sqrt(fmean(optimum.error**2 for optimum in optima))
-    assert 0.5 * stdev(optimum.value for optimum in optima) < claimed < 4 * stdev(optimum.value for optimum in optima)
-
-
 def test_what_seeds_share_over_depths_is_not_drift() -> None:
     """Each seed's optimum is shifted by a whole grid step or so, at both depths alike: the drift's error is small."""
     sweep = Sweep(tuple(noisy(-5, 6, 0.002, 1, 4, shared=0.8) + noisy(-6, 6, 0.002, 1, 8, shared=0.8)))
     drift, optimum = sweep.drift("mup", 8), sweep.optimum("mup", 8).log2_lr
     assert drift.value == pytest.approx(-1, abs=3 * drift.error) and drift.error < optimum.error / 3
-
-
-@pytest.mark.parametrize("factor", [0.5, 3.0, 50.0])
-@pytest.mark.parametrize("where", [-7, -6, -5, -4, -3])
-def test_a_run_that_went_wrong_does_not_move_the_optimum(where: int, factor: float) -> None:
-    """One run of thirty is too good, bad, or much too bad. A parabola through that seed's three best would move."""
-    runs = noisy(-5.3, 3, 0.01, 0)
-    spoiled = [Run(r.job, r.loss * factor, 1.0) if r.job.seed == 0 and r.job.lr == 2.0**where else r for r in runs]
-    assert spoiled != runs
-    assert Sweep(tuple(spoiled)).optimum("mup", 4).log2_lr.value == pytest.approx(-5.3, abs=0.1)
-
-
-@pytest.mark.parametrize("lrs, step", [((-5,), math.nan), ((-6, -5), 1), ((-8, -5), 3)])
-def test_too_coarse_a_grid_is_part_of_the_error(lrs: tuple[int, ...], step: float) -> None:
-    runs = tuple(run for run in parabola("mup", 4, -5) if math.log2(run.job.lr) in lrs)
-    optimum = Sweep(runs).optimum("mup", 4)
-    assert optimum.log2_lr.value == -5 and optimum.log2_lr.error == pytest.approx(step / math.sqrt(12), nan_ok=True)
 
 
 def test_the_error_of_the_regret_is_taken_seed_by_seed() -> None:
@@ -149,10 +84,3 @@ def test_a_sweep_prints_its_summary_and_what_it_says() -> None:
     )
     lost = Sweep(tuple(parabola("mup", 4, -5, edge=-100) + parabola("mup", 8, -5)))
     assert str(lost).splitlines()[2].split() == ["mup", "4", "–", "–", "base", "0.000977", "inf", "inf", "base"]
-
-
-def test_the_figure_has_a_panel_for_each_rule_and_a_line_for_each_depth() -> None:
-    sweep = Sweep(tuple(parabola("mup", 4, -5) + parabola("mup", 64, -7) + parabola("complete-p", 4, -5)))
-    figure = transfer_figure(Sweep(sweep.runs + tuple(parabola("complete-p", 64, -5, edge=-2))), title="curves")
-    assert [axis.get_title() for axis in figure.axes] == ["mup", "complete-p"]
-    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["4", "64"]

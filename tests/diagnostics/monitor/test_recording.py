@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import json
 import math
 from collections.abc import Callable
 
@@ -14,14 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from trained import rms, train
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.monitor.probe import signed_sum
-from torch_depthmup.diagnostics.monitor.recording import COLUMNS, FeatureMonitor
-from torch_depthmup.diagnostics.monitor.writers import CSVWriter, JSONLinesWriter, TensorBoardWriter
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.errors import MeasurementError
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
@@ -31,10 +27,6 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "stochastic depth": blocks.StochasticDepth,
     "gated": blocks.Gated,
 }
-
-
-def rms(value: Tensor) -> float:
-    return float(value.detach().square().mean().sqrt())
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -76,21 +68,6 @@ class Direct:
         return nn.functional.conv2d(value, weight, None, module.stride, module.padding)
 
 
-def train(model: nn.Module, x: Tensor, steps: int, monitor: FeatureMonitor | None = None, **options) -> list[float]:
-    target = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(3)).to(x.dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
-    losses = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if monitor is not None:
-            monitor.record(step)
-    return losses
-
-
 def check_layer(row: dict, first: Direct, last: Direct, now: Direct, gradient: Tensor | None) -> None:
     name = row["layer"].removesuffix(".weight")
     h0, h = first.inputs[name], now.inputs[name]
@@ -106,7 +83,7 @@ def check_layer(row: dict, first: Direct, last: Direct, now: Direct, gradient: T
         "initial": rms(now.times(name, w0, h)),
         "below": rms(below),
         "own_share": float((own * update).sum() / update.square().sum()),
-        "alignment": cosine(now.times(name, w0, h), g),
+        "gradient_alignment": cosine(now.times(name, w0, h), g),
         "gradient": rms(g),
         "weight": float(w.norm()),
         "weight_update": float((w - w0).norm()),
@@ -150,7 +127,7 @@ def test_every_number_equals_a_direct_computation(block: str, depth: int, sample
         assert row["change"] == pytest.approx(rms(h - last.outputs[name]), rel=1e-9)
         assert row["added"] == pytest.approx(rms(h - now.inputs[name]), rel=1e-9)
         assert row["gradient"] == pytest.approx(rms(g), rel=1e-9)
-        assert row["alignment"] == pytest.approx(cosine(h, g), rel=1e-8, abs=1e-12)
+        assert row["gradient_alignment"] == pytest.approx(cosine(h, g), rel=1e-8, abs=1e-12)
     (function,) = [row for row in monitor.rows if row["kind"] == "function"]
     assert function["size"] == pytest.approx(rms(now.result), rel=1e-9)
     assert function["update"] == pytest.approx(rms(now.result - first.result), rel=1e-9)
@@ -359,7 +336,7 @@ def test_gradients_are_those_of_the_objective() -> None:
     plain.record(0)
     for tripled, row in zip(monitor.rows[1:], plain.rows[1:], strict=True):
         assert tripled["gradient"] == pytest.approx(3 * row["gradient"])
-        assert tripled["alignment"] == pytest.approx(row["alignment"], abs=1e-12)
+        assert tripled["gradient_alignment"] == pytest.approx(row["gradient_alignment"], abs=1e-12)
 
 
 def test_a_weight_used_twice_is_two_layers() -> None:
@@ -471,32 +448,6 @@ def test_parameters_that_were_replaced_are_found_by_name() -> None:
         if row["kind"] == "layer":
             assert row["weight"] == pytest.approx(float(state[row["layer"]].norm()))
             assert row["weight_gradient"] == pytest.approx(float(model.get_parameter(row["layer"]).grad.norm()))
-
-
-def test_writers_get_every_row(tmp_path) -> None:
-    model, x, seen, board = blocks.Stack(1, blocks.PreNorm), torch.randn(4, 8), [], SummaryWriter(tmp_path / "board")
-    writers = [CSVWriter(tmp_path / "a.csv"), JSONLinesWriter(tmp_path / "a.jsonl"), TensorBoardWriter(board)]
-    with FeatureMonitor(model, x, every=2, writers=[*writers, seen.append]) as monitor:
-        train(model, x, 3, monitor)
-    assert [row for rows in seen for row in rows] == monitor.rows
-    assert sorted({row["step"] for row in monitor.rows}) == [0, 2]
-    with open(tmp_path / "a.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["own"] for row in table] == [str(row["own"]) for row in monitor.rows]
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [line["size"] for line in lines] == [row["size"] for row in monitor.rows]
-    last = next(r for r in monitor.rows if r["step"] == 2 and r["layer"] == "blocks.0.fc1.weight")
-    board.close()
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert "alignment/blocks.0.fc1.weight" in events.Tags()["scalars"]
-    (first, second) = events.Scalars("own/blocks.0.fc1.weight")
-    assert (first.step, second.step) == (0, 2) and second.value == pytest.approx(last["own"], rel=1e-6)
-    frame = monitor.frame()
-    assert tuple(frame.columns) == COLUMNS and len(frame) == len(monitor.rows)
-    with FeatureMonitor(model, x, writers=[writers[0]]) as again:
-        again.record(4)
-    with open(tmp_path / "a.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(monitor.rows) + len(again.rows)  # appended, one header
 
 
 def test_a_folded_multiplier_is_in_the_rows() -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import distributed
 import numpy as np
 import pytest
 import torch
+from sweeps import GRID, X, here, small, training
 from torch import nn
 
 import torch_depthmup as dm
@@ -26,24 +18,6 @@ from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
 from torch_depthmup.diagnostics.shared.training import Training
 from torch_depthmup.diagnostics.transfer.runs import Run
 from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
-
-GRID = {"depths": [2, 4], "lrs": [0.001, 0.01], "rules": ["mup", "depth-mup-corrected"], "seeds": 2, "progress": False}
-
-
-def small(depth: int) -> nn.Module:
-    return DigitsResNet(depth, 8)
-
-
-def training(steps: int = 3) -> Training:
-    return Training(*(part[:64] for part in digits()), steps=steps, batch_size=16)
-
-
-def here(job_or_model: nn.Module, lr: float, seed: int) -> float:
-    """A loss that needs no training, so that only the sweep is tested."""
-    return lr + seed + sum(p.numel() for p in job_or_model.parameters())
-
-
-X = torch.zeros(4, 64)
 
 
 def test_a_sweep_is_the_loop_written_by_hand() -> None:
@@ -64,17 +38,6 @@ def test_a_sweep_in_this_process_leaves_its_random_numbers_alone() -> None:
     torch.manual_seed(7)
     transfer_sweep(small, training(), **GRID, example_inputs=X, executor=ThreadPoolExecutor(1))
     assert torch.equal(torch.rand(3), wanted)
-
-
-def test_processes_give_the_losses_of_one_thread_to_the_bit() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = transfer_sweep(small, training(), **GRID, example_inputs=X, executor=ThreadPoolExecutor(1))
-    finally:
-        torch.set_num_threads(threads)
-    many = transfer_sweep(small, training(), **GRID, example_inputs=X)
-    assert [run.loss for run in many.runs] == [run.loss for run in one.runs]
 
 
 def test_a_finished_sweep_is_read_and_not_run_again(tmp_path: Path) -> None:
@@ -112,77 +75,6 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     assert path.read_text() == "shopping\nlist\n"
 
 
-SCRIPT = """
-import sys
-from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
-from torch_depthmup.diagnostics.shared.training import Training
-from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
-
-def network(depth):
-    return DigitsResNet(depth, 8)
-
-if __name__ == "__main__":
-    sweep = transfer_sweep(
-        network, Training(*digits(), steps=5, batch_size=16), depths=[2, 4], lrs=[0.001, 0.01, 0.1, 1.0],
-        rules=["mup", "depth-mup-corrected"], seeds=4, path=sys.argv[1], progress=False,
-    )
-    print(sweep.frame().drop(columns="seconds").to_csv())
-"""
-
-
-def workers_of(parent: int) -> list[int]:
-    """The worker processes that a pool has started (Linux)."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # a process that ended while we looked
-            if _status(int(entry.name))[1] == str(parent) and b"spawn_main" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
-
-
-def _status(pid: int) -> list[str]:
-    """A process's state, its parent, and what /proc says more of it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return _status(pid)[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_sweep_killed_in_the_middle_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Real training in the default pool, kill -9: the workers go too, and the resumed frame is that of one go."""
-    script, path = tmp_path / "script.py", tmp_path / "runs.jsonl"
-    script.write_text(SCRIPT)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    child = subprocess.Popen([sys.executable, script, path], env={**os.environ, "TMPDIR": str(scratch)})
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 5):
-        time.sleep(0.01)
-    workers = workers_of(child.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    kept = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
-    assert 5 <= kept.count(b"\n") < 65
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and any(map(alive, workers)):
-        time.sleep(0.05)
-    assert not any(map(alive, workers))
-    if Path("/proc").exists():
-        assert workers and not list(scratch.rglob("work.pickle"))
-    resumed, whole = (
-        subprocess.run([sys.executable, script, file], check=True, timeout=120, capture_output=True, text=True).stdout
-        for file in (path, tmp_path / "other.jsonl")
-    )
-    assert resumed == whole and len(whole.splitlines()) > 64
-    assert path.read_bytes().startswith(kept)
-    jobs = [Run.from_json(line).job for line in path.read_text().splitlines()[1:]]
-    assert len(jobs) == len(set(jobs)) == 64
-
-
 def diverging(model: nn.Module, lr: float, seed: int) -> float:
     return math.nan if lr > 0.005 else 1.0
 
@@ -218,12 +110,6 @@ def test_bad_grids_are_refused(change, message: str) -> None:
     with pytest.raises(dm.DepthMuPError, match=message):
         options = {**GRID, "train": here, "example_inputs": X, "executor": ThreadPoolExecutor(1), **change}
         transfer_sweep(small, **options)
-
-
-@pytest.mark.parametrize("change", [{"optimizer": "lion"}, {"steps": 0}, {"batch_size": 2.5}])
-def test_a_training_that_cannot_be_is_refused(change) -> None:
-    with pytest.raises(dm.DepthMuPError, match=f"{next(iter(change))}.*not"):
-        Training(X, X, **change)
 
 
 def test_numbers_may_come_from_numpy() -> None:
@@ -280,39 +166,10 @@ def failing(model: nn.Module, lr: float, seed: int) -> float:
     raise RuntimeError("the disk is full")
 
 
-def dying(model: nn.Module, lr: float, seed: int) -> float:
-    os._exit(1)
-
-
 def test_what_goes_wrong_in_training_names_its_run() -> None:
     with pytest.raises(RuntimeError, match="the disk is full") as caught:
         transfer_sweep(small, failing, **GRID, example_inputs=X)
     assert re.match(r"in the run of (depth-)?mup at depth \d, lr 0.\d+, seed \d$", caught.value.__notes__[0])
-    with pytest.raises(dm.DepthMuPError, match="a worker process ended before its run did"):
-        transfer_sweep(small, dying, **GRID, example_inputs=X)
-
-
-UNGUARDED = """
-from torch_depthmup.diagnostics import transfer_sweep
-from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
-
-def network(depth):
-    return DigitsResNet(depth, 8)
-
-transfer_sweep(network, digits(), depths=[2, 4], lrs=[0.01], seeds=1, progress=False)
-"""
-
-
-@pytest.mark.parametrize("how", ["a script without a guard", "standard input"])
-def test_workers_that_cannot_import_what_they_run_do_not_hang(tmp_path: Path, how: str) -> None:
-    """The data are larger than a pipe holds."""
-    script = tmp_path / "script.py"
-    script.write_text(UNGUARDED)
-    command, given = [sys.executable, *([script] if "script" in how else ["-"])], "" if "script" in how else UNGUARDED
-    ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert "a worker process ended before its run did" in ended.stderr.splitlines()[-1]
-    assert "if __name__ == '__main__'" in ended.stderr.splitlines()[-1]
 
 
 class Both(nn.Module):
@@ -344,31 +201,3 @@ def test_a_factory_without_branches_is_named() -> None:
         transfer_sweep(
             plain, here, **{**GRID, "rules": ["depth-mup-corrected"]}, example_inputs=X, executor=ThreadPoolExecutor(1)
         )
-
-
-def test_any_executor_does(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
-        sweep = transfer_sweep(small, here, **GRID, example_inputs=X, executor=executor)
-    assert sweep.runs[0].loss == here(small(4), sweep.runs[0].job.lr, sweep.runs[0].job.seed)
-
-
-def slow(model: nn.Module, lr: float, seed: int) -> float:
-    time.sleep(0.2)
-    return here(model, lr, seed)
-
-
-def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        victim = next(iter(client.run(os.getpid).values()))
-        killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
-        killer.start()
-        options = {**GRID, "seeds": 4, "example_inputs": X, "path": path}
-        sweep = transfer_sweep(small, slow, **options, executor=client.get_executor())
-        killer.join()
-    assert len(sweep.runs) == len({run.job for run in sweep.runs}) == 32
-    assert all(run.loss == here(small(run.job.depth), run.job.lr, run.job.seed) for run in sweep.runs)
-    assert path.read_text().count("\n") == 33

@@ -1,0 +1,180 @@
+"""Coordinate checks hold where the rule is carried out and name the mistake where it is not; findings in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import blocks
+import numpy as np
+import pytest
+import torch
+from canonical import Canonical, samples
+from torch import nn
+from trained import check
+
+from torch_depthmup.diagnostics.coordinates.check import coordinate_check
+from torch_depthmup.errors import DepthMuPError, PlanError
+
+# Slopes of log size in log depth as the theory's simulations measured them; ranges by their middle.
+THEORY = {
+    "depth-mup": {"branch": -0.5, "inner": -0.5, "outer": -0.5, "stream": 0.0, "function": 0.0},
+    "depth-mup-corrected": {"branch": -0.5, "inner": 0.0, "outer": -0.5, "stream": 0.42, "function": 0.43},
+    "complete-p": {"branch": -1.0, "inner": 0.0, "outer": 0.0, "stream": 0.0, "function": 0.0},
+}
+
+
+WIDE = pytest.param((4, 8, 16, 32, 64, 128, 256), 256, marks=pytest.mark.evidence)
+
+
+@pytest.mark.parametrize("depths, width", [((4, 8, 16, 32, 64), 64), WIDE])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("rule", THEORY)
+def test_the_check_reproduces_the_theorys_table(rule: str, optimizer: str, depths: tuple[int, ...], width: int) -> None:
+    def only_branches_learn(depth: int) -> nn.Module:
+        model = Canonical(depth, width)
+        for parameter in (model.stem.weight, model.head.weight):
+            parameter.requires_grad_(False)
+        return model
+
+    result = check(rule, optimizer, make=only_branches_learn, depths=depths, seeds=3)
+    assert not result.mistakes
+    assert result.verdict == "holds"
+    assert {s.quantity: s.measured for s in result.slopes} == pytest.approx(THEORY[rule], abs=0.1)
+    assert all(slope.low <= slope.measured <= slope.high for slope in result.slopes)
+
+
+def test_slopes_are_least_squares_of_the_tidy_frame() -> None:
+    result = check(depths=(2, 4, 8), seeds=3)
+    frame = result.frame()
+    assert {"width", "depth", "relative_depth", "seed", "step", "branch", "layer"} <= set(frame.columns)
+    assert sorted(frame.step.unique()) == [0, 2]
+    inner = frame[(frame.role == "inner") & (frame.step == 2)]
+    own = inner.assign(square=inner.own**2).groupby(["seed", "depth"]).square.mean() ** 0.5
+    fits = [np.polyfit(np.log([2, 4, 8]), np.log(own[seed].to_numpy()), 1)[0] for seed in range(3)]
+    (slope,) = [s for s in result.slopes if s.quantity == "inner"]
+    assert slope.measured == pytest.approx(np.mean(fits), rel=1e-9)
+    half = 4.302652729911275 * np.std(fits, ddof=1) / math.sqrt(3)  # t quantile 0.975 with two degrees of freedom
+    assert slope.high - slope.measured == pytest.approx(half, rel=1e-9)
+
+
+def test_a_check_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    check(depths=(2, 4), seeds=1)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_too_few_points_cannot_tell() -> None:
+    result = check(depths=(2, 4), seeds=1)
+    assert {slope.verdict for slope in result.slopes} == {"cannot tell"} and result.verdict == "cannot tell"
+
+
+def test_widths_are_checked_along_their_own_axis() -> None:
+    class Wide(blocks.Stack):
+        def __init__(self, depth: int, width: int):
+            super().__init__(depth, blocks.PreNorm, width)
+
+    x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    result = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, seeds=3, steps=1)
+    in_width = [slope for slope in result.slopes if slope.axis == "width"]
+    assert {slope.quantity for slope in in_width} == {"inner", "outer", "stream", "function"}
+    points = set(result.frame()[["depth", "width", "seed"]].itertuples(index=False, name=None))
+    assert points == {(d, w, s) for d in (2, 8) for w in (32, 64, 128) for s in range(3)}
+    assert set(result.sizes("inner")) == points
+    widths_apart = [
+        coordinate_check(lambda depth, w=w: Wide(depth, w), (x, y), depths=(2, 8), lr=1e-3, steps=1, rule="sp")
+        for w in (32, 64, 128)
+    ]
+    together = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, steps=1, rule="sp")
+    for slope in together.slopes:  # "sp" says nothing of widths: each is a line in depth of its own
+        alone = [s.measured for check in widths_apart for s in check.slopes if s.quantity == slope.quantity]
+        assert slope.axis == "depth" and slope.measured == pytest.approx(np.mean(alone))
+    by_name = {slope.quantity: slope.measured for slope in in_width}
+    assert abs(by_name["inner"]) < 0.25 and abs(by_name["outer"]) < 0.25
+    # Under "sp" the same model's own updates grow with width: Adam's entries do not shrink.
+    plain = coordinate_check(
+        Wide,
+        (x, y),
+        depths=(2, 8),
+        widths=(32, 64, 128),
+        seeds=3,
+        steps=1,
+        prepare=lambda model, base: None,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-3),
+        family="adam",
+        rule="mup",
+    )
+    sp = {slope.quantity: slope.measured for slope in plain.slopes if slope.axis == "width"}
+    assert sp["inner"] - by_name["inner"] > 0.5
+
+
+def test_batch_norm_networks_and_lists_of_batches_run() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(2)
+    ]
+    result = coordinate_check(blocks.BottleneckNet, batches, depths=(2, 4), seeds=1, steps=2)
+    assert {row["additions"] for row in result.rows if row["kind"] == "stream"} == {4, 8}
+
+
+def test_bad_input_is_one_clear_line() -> None:
+    data = samples()
+    cases: list[tuple[str, Callable[[], object]]] = [
+        ("it ignores depth", lambda: coordinate_check(lambda depth: Canonical(3), data, depths=(2, 4), base_depth=1)),
+        ("at least two different", lambda: coordinate_check(Canonical, data, depths=(4,))),
+        (
+            "optimizer='lion' is not known",
+            lambda: (
+                check(optimizer="adam", depths=(2, 4))
+                and coordinate_check(Canonical, data, depths=(2, 4), optimizer="lion")
+            ),
+        ),
+        (
+            "say which rule holds for it",
+            lambda: coordinate_check(
+                Canonical, data, depths=(2, 4), optimizer=lambda m: torch.optim.SGD(m.parameters())
+            ),
+        ),
+        (
+            "the loss is nan in step 1",
+            lambda: coordinate_check(Canonical, (data[0], data[1] * math.nan), depths=(2, 4)),
+        ),
+        (
+            "not finite on the probe",
+            lambda: coordinate_check(
+                Canonical, (data[0] * math.inf, data[1]), depths=(2, 4), prepare=lambda model, base: None
+            ),
+        ),
+        ("data must be a pair (inputs, targets)", lambda: coordinate_check(Canonical, data[0], depths=(2, 4))),
+        ("the list is empty", lambda: coordinate_check(Canonical, [], depths=(2, 4))),
+        (
+            "equally many samples, not [4, 8]",
+            lambda: coordinate_check(Canonical, (data[0], data[1][:4]), depths=(2, 4)),
+        ),
+        ("depths must be positive integers", lambda: check(depths=(2.0, 4))),
+        ("seeds must be how many or which", lambda: check(seeds=0)),
+        ("steps must be positive integers", lambda: check(steps=0)),
+        ("widths must be positive integers", lambda: check(widths=(0, 4))),
+        (
+            "same shapes at width 8 and at width 16: it ignores width",
+            lambda: check(make=lambda depth, width: Canonical(depth), widths=(8, 16)),
+        ),
+        ("returned int at depth 2", lambda: coordinate_check(lambda depth: depth, data, depths=(2, 4))),
+        (
+            "no residual branches",
+            lambda: coordinate_check(
+                lambda depth: nn.Sequential(*[nn.Linear(16, 16) for _ in range(depth)]), data, depths=(2, 4)
+            ),
+        ),
+    ]
+    for message, act in cases:
+        with pytest.raises(DepthMuPError) as caught:
+            act()
+        assert message in str(caught.value) and "\n" not in str(caught.value), message
+    with pytest.raises(PlanError, match="no rule is called"):
+        check("depth-mu")
+
+
+# Findings
