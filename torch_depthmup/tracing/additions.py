@@ -7,6 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
@@ -14,7 +15,7 @@ from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
 
-__all__ = ["ResidualAddition", "nearest_additions", "residual_additions"]
+__all__ = ["ResidualAddition", "nearest_additions", "nested_in", "residual_additions"]
 
 
 class Verdict(enum.Enum):
@@ -26,13 +27,21 @@ class Verdict(enum.Enum):
 
 @dataclass
 class ResidualAddition:
-    """A candidate: the addition's node, its operands, and the node that the branch starts from."""
+    """A candidate: the addition's node, its operands, and the node that the branch starts from.
+
+    Args:
+        projection: the skip has weights, or the branch is not computed from the skip.
+        fed: the branch is not computed from its own stream, but from another one.
+        provisional: the skip has no weights, but is not linear: it counts if later additions go on from it.
+    """
 
     node: int
     branch: int
     skip: int
     start: int  # what the branch is computed from; the skip itself, but for `(x + a) + f` and projections
     projection: bool = False
+    fed: bool = False
+    provisional: bool = False
     parts: Parts = field(default_factory=Parts)
 
 
@@ -51,6 +60,9 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
             candidates[i] = found
         elif found is Verdict.DOUBTFUL:
             doubtful.append(i)
+    linked = _linked(graph, candidates)
+    doubtful += [i for i, candidate in candidates.items() if candidate.provisional and i not in linked]
+    candidates = {i: candidate for i, candidate in candidates.items() if i not in doubtful}
     if waiting:
         raise TracingError(
             f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
@@ -60,7 +72,9 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
     doubtful = [
         node
         for node in doubtful
-        if not any(_is_inside(graph, node, r) or _is_beside(graph, node, r.node) for r in accepted)
+        if not any(
+            (node != r.start and _is_inside(graph, node, r)) or _is_beside(graph, node, r.node) for r in accepted
+        )
     ]
     return accepted, doubtful
 
@@ -71,17 +85,19 @@ class _Masks:
 
     weights: int
     nonlinear: int
+    pools: int
     data: int
 
     @staticmethod
     def of(graph: Graph) -> _Masks:
-        weights = nonlinear = data = 0
+        weights = nonlinear = pools = data = 0
         for i, node in enumerate(graph.nodes):
             if node.is_data:
                 data |= 1 << i
                 weights |= node.is_weight_operation << i
                 nonlinear |= _is_nonlinear(graph, i) << i
-        return _Masks(weights, nonlinear, data)
+                pools |= (node.kind is Kind.POOL) << i
+        return _Masks(weights, nonlinear, pools, data)
 
 
 def _is_nonlinear(graph: Graph, i: int) -> bool:
@@ -116,21 +132,63 @@ def _by_ways(
             return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else Verdict.OTHER
     if not all(graph.nodes[i].is_data for i in operands):
         return Verdict.OTHER
-    climbed = _sum_of_branches(graph, node, operands, candidates, masks)
-    return climbed or _short_way(graph, node, operands, masks)
+    return (
+        _carried_skip(graph, node, operands, candidates, masks)
+        or _fed_by_another_stream(graph, node, operands, candidates, masks)
+        or _short_way(graph, node, operands, masks)
+    )
 
 
-def _sum_of_branches(
+def _carried_skip(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
 ) -> ResidualAddition | None:
-    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is."""
+    """The skip is a cast, a copy, a multiple or a pooled value of what the branch is computed from; or a sum with it.
+
+    So is that of f in ``(x + a(x)) + f(x)``, whatever is done to x.
+    """
     for skip, branch in (operands, operands[::-1]):
-        start, climbed = skip, False
-        while start in candidates and not graph.reaches(branch, start):
-            start, climbed = candidates[start].start, True
-        if climbed and graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
+        start, across_weights = skip, False
+        while not graph.reaches(branch, start):
+            if start in candidates:
+                across_weights |= candidates[start].projection
+                start = candidates[start].start
+            elif _carries(graph, start, across_weights):
+                (start,) = graph.data_inputs(start)
+            else:
+                break
+        if graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
             return ResidualAddition(node, branch, skip, start)
     return None
+
+
+def _carries(graph: Graph, i: int, across_weights: bool) -> bool:
+    """Whether a node only hands on its one data operand, rearranged, cast, multiplied or pooled."""
+    node = graph.nodes[i]
+    linear = node.kind.is_linear or node.kind is Kind.POOL or across_weights and node.kind is Kind.NORM
+    return len(graph.data_inputs(i)) == 1 and (across_weights if node.is_weight_operation else linear)
+
+
+def _fed_by_another_stream(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | None:
+    """``a = a + f(b)`` with b of another stream: the operand that comes from a residual addition is the skip."""
+    streams = [_comes_from_addition(graph, operand, candidates) for operand in operands]
+    if streams[0] == streams[1]:
+        return None
+    skip, branch = operands if streams[0] else operands[::-1]
+    if not graph.only(branch, skip) & masks.weights:
+        return None
+    return ResidualAddition(node, branch, skip, skip, projection=True, fed=True)
+
+
+def _comes_from_addition(graph: Graph, i: int, candidates: dict[int, ResidualAddition]) -> bool:
+    """Whether nothing but norms, activations and the like lies between a candidate and this node."""
+    while i not in candidates:
+        data = graph.data_inputs(i)
+        if len(data) != 1 or graph.nodes[i].is_weight_operation:
+            return False
+        i = data[0]
+    return True
 
 
 def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> ResidualAddition | Verdict:
@@ -142,13 +200,16 @@ def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> R
     weights = [(side & masks.weights).bit_count() for side in only]
     nonlinear = [bool(side & masks.nonlinear) for side in only]
     for i, (skip, branch) in enumerate((operands, operands[::-1])):
-        if nonlinear[i] or weights[1 - i] == 0:
+        if only[i] & masks.nonlinear & ~masks.pools or weights[1 - i] == 0:
             continue
         if weights[i] == 0:
             return ResidualAddition(node, branch, skip, skip, projection=True)
         if nonlinear[1 - i] and weights[i] < weights[1 - i]:
             return ResidualAddition(node, branch, skip, skip, projection=True)
-    unsure = any(nonlinear) and all(weights) or all(nonlinear) and any(weights)
+    if all(nonlinear) and sorted(map(bool, weights)) == [False, True]:
+        skip, branch = operands if weights[1] else operands[::-1]
+        return ResidualAddition(node, branch, skip, skip, projection=True, fed=True, provisional=True)
+    unsure = any(nonlinear) and all(weights)
     return Verdict.DOUBTFUL if unsure else Verdict.OTHER
 
 
@@ -156,22 +217,52 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
     """Candidates, outermost first, less those that only look residual.
 
     An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
-    all layers add to their attention scores reaches later scores through the stream, but comes from outside. A branch
-    that ends in the sum of a linear and a nonlinear path is one branch of two parallel paths.
+    all layers add to their attention scores reaches later scores through the stream, but comes from outside. (So does
+    another stream that the branch reads, but its additions are linked to each other by their skips.) A branch that
+    ends in the sum of a linear and a nonlinear path is one branch of two parallel paths.
     """
     accepted: list[ResidualAddition] = []
+    linked = _linked(graph, candidates)
     for node in sorted(candidates, reverse=True):
         candidate = candidates[node]
         outside = [outer for outer in accepted if outer.start < node and not outer.projection]
         around = [outer for outer in outside if _is_inside(graph, node, outer)]
         if not any(
-            not graph.reaches(candidate.start, outer.start) or candidate.projection and _ends_in(graph, outer, node)
+            (not graph.reaches(candidate.start, outer.start) and node not in linked)
+            or (candidate.projection and not candidate.fed and _ends_in(graph, outer, node))
             for outer in around
         ):
             accepted.append(candidate)
     nodes = {residual.node for residual in accepted}
     kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
+
+
+def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
+    """The candidates whose skip comes from another one, or from which another one's skip comes."""
+    linked: set[int] = set()
+    for node, candidate in candidates.items():
+        before = nearest_additions(graph, candidate.skip, set(candidates))
+        linked.update(before, [node] if before else [])
+    return linked
+
+
+def nested_in(graph: Graph, outer: ResidualAddition, residuals: Sequence[ResidualAddition]) -> set[int]:
+    """The additions that lie in a branch as a stream of its own; not those of another stream that the branch reads."""
+    nodes = {residual.node for residual in residuals}
+    nested: set[int] = set()
+    for residual in sorted(residuals, key=lambda r: r.node):
+        if residual.node == outer.node or not _is_inside(graph, residual.node, outer):
+            continue
+        before = [
+            i
+            for i in nearest_additions(graph, residual.skip, nodes)
+            if i != outer.start and _is_inside(graph, i, outer)
+        ]
+        from_start = outer.projection or graph.reaches(residual.start, outer.start)
+        if from_start and not outer.fed and nested.issuperset({*before} - {outer.start}):
+            nested.add(residual.node)
+    return nested
 
 
 def _is_inside(graph: Graph, node: int, outer: ResidualAddition) -> bool:
@@ -223,6 +314,11 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
         while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
             i = graph.data_inputs(i)[0]
             steps.append(i)
+        if i in waiting and graph.reaches(skip, branch):
+            raise TracingError(
+                f"{waiting[i]}: declared as a branch, but what it is added to is computed from what it returns: it is "
+                "the skip. Declare the module that returns the other operand"
+            )
         if i in waiting:
             del waiting[i]
             return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
