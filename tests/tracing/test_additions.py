@@ -176,3 +176,93 @@ def test_declaring_the_skip_in_place_of_the_branch_says_so() -> None:
     with pytest.raises(dm.DepthMuPError, match="norm: .* it is the skip"):
         dm.find_branches(model, torch.randn(2, N), branches=["*.norm"])
     assert len(dm.find_branches(model, torch.randn(2, N), branches=["*.mlp"])) == 2
+
+
+class Post(nn.Module):
+    """Post-norm blocks on sequences, whose sums are written in some way."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor], depth: int = 3):
+        super().__init__()
+        self.bodies, self.norms = (
+            nn.ModuleList(make() for _ in range(depth)) for make in (body, lambda: nn.LayerNorm(N))
+        )
+        self.way = way
+
+    def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+        for f, norm in zip(self.bodies, self.norms, strict=True):
+            x = norm(self.way(x, f(x) * m if m != 1 else f(x)))
+        return x
+
+
+def into_slice(x: Tensor, f: Tensor) -> Tensor:
+    wide = nn.functional.pad(f, (0, 2))[..., :N]
+    wide += x
+    return wide
+
+
+def row_by_row(x: Tensor, f: Tensor) -> Tensor:
+    y = x.clone()
+    y[:] += f
+    return y
+
+
+def transposed(x: Tensor, f: Tensor) -> Tensor:
+    h = f.transpose(0, 1)
+    h += x.transpose(0, 1)
+    return h.transpose(0, 1)
+
+
+ROWS = torch.arange(2)
+WAYS = {
+    "in place on a view": lambda x, f: f.add_(x),
+    "in place on a slice": into_slice,
+    "in place on a transposed view": transposed,
+    "in place on an index": row_by_row,
+    "minus in place on a view": lambda x, f: x.clone().view(x.shape).sub_(f),
+    "stack and sum": lambda x, f: torch.stack([x, f]).sum(0),
+    "stack and mean": lambda x, f: torch.stack((f, x), dim=-1).mean(-1),
+    "addcmul": lambda x, f: torch.addcmul(x, f, torch.ones(N), value=0.5),
+    "addcdiv in place": lambda x, f: x.clone().addcdiv_(f, torch.full((N,), 2.0)),
+    "index_add": lambda x, f: x.index_add(0, ROWS, f),
+    "scatter_add": lambda x, f: torch.scatter_add(x, 0, ROWS[:, None, None].expand_as(f), f),
+}
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("name", WAYS)
+def test_every_spelling_of_a_sum_is_seen_and_measured(name: str, how: str) -> None:
+    net, inputs = Post(WAYS[name]), torch.randn(2, 4, N)
+    assert [(b.name, b.additions) for b in dm.find_branches(net, inputs)] == [(f"bodies.{i}", 3) for i in range(3)]
+    plain = copy.deepcopy(net)
+    dm.parametrize(net, depth_multiplier=3, example_inputs=inputs, how=how, rule="complete-p")
+    torch.testing.assert_close(net(inputs), plain(inputs, 1 / 3))
+
+
+def test_a_matrix_product_with_a_residual_is_a_sum() -> None:
+    class Fused(Post):
+        def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+            for f in self.bodies:
+                x = torch.addmm(x, torch.tanh(f[1](f[0](x))), f[3].weight.T, alpha=m)
+            return x
+
+    net, inputs = Fused(torch.add), torch.randn(4, N)
+    for f in net.bodies:
+        f[3].bias = None
+    assert [(b.levels, b.carrier) for b in dm.find_branches(net, inputs)] == [
+        (2, (f"bodies.{i}.3.weight",)) for i in range(3)
+    ]
+    plain = copy.deepcopy(net)
+    dm.parametrize(net, depth_multiplier=3, example_inputs=inputs, rule="complete-p")
+    torch.testing.assert_close(net(inputs), plain(inputs, 1 / 3))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [lambda x, f: torch.lerp(x, f, 0.3), lambda x, f: x + 0.3 * (f - x), lambda x, f: torch.lerp(x, f, f.new_ones(N))],
+)
+def test_an_interpolation_is_found_and_refused_where_nothing_carries_it(way: Callable) -> None:
+    net, inputs = Post(way), torch.randn(2, 4, N)
+    assert [(b.name, b.carrier) for b in dm.find_branches(net, inputs)] == [(f"bodies.{i}", ()) for i in range(3)]
+    for how in ("fold", "wrap"):
+        with pytest.raises(dm.DepthMuPError, match="bodies.0"):
+            dm.parametrize(net, depth_multiplier=3, example_inputs=inputs, how=how)

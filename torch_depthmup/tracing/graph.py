@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
-from torch_depthmup.tracing.operations import Kind, addition_operands, kind_of
+from torch_depthmup.tracing.operations import Kind, Sums, addition_operands, kind_of, kind_of_write
 
 __all__ = ["Addition", "Graph", "Node", "record"]
 
@@ -96,19 +96,30 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
-        self.additions: list[tuple[Any, tuple[Any, Any], tuple[str, ...]]] = []
-        self.returned: list[tuple[str, list[Any]]] = []
+        self.sums = Sums()
+        # Every sum: its node, those of its operands if it has just two, and the modules that were running.
+        self.additions: list[tuple[Any, tuple[Any, ...] | None, tuple[str, ...]]] = []
+        self.writes: dict[Any, str] = {}  # the node of an in-place write into a view, and the function that wrote
+        self.returned: list[tuple[str, list[tuple[Any, Any]]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
             return True  # no data, no answer: libraries ask for shortcuts, such as "is the mask all ones?"
-        operands = addition_operands(func, args, kwargs or {})
-        if operands is None:
-            return func(*args, **(kwargs or {}))
-        before = (_producer(operands[0]), _producer(operands[1]))
-        result = func(*args, **(kwargs or {}))
-        # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
-        self.additions.append((_producer(result), before, tuple(self.stack)))
+        kwargs = kwargs or {}
+        is_sum, summands = self.sums.operands(func, args, kwargs) is not None, addition_operands(func, args, kwargs)
+        before = None if summands is None else tuple(map(_producer, summands))
+        if summands is not None and _is_in_place(func):
+            before = _written(summands[0]), _producer(summands[1])
+        result = func(*args, **kwargs)
+        node = _producer(result)
+        if isinstance(result, Tensor) and type(_written(result)).__name__ == "CopySlices":
+            if _written(result) not in self.writes:
+                node = _written(result)
+            self.writes.setdefault(_written(result), func.__name__)
+        self.sums.note(func, args, kwargs, result)
+        if is_sum:
+            # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
+            self.additions.append((node, before, tuple(self.stack)))
         return result
 
     @contextlib.contextmanager
@@ -120,7 +131,7 @@ class _Recorder(TorchFunctionMode):
             self.stack.pop()
             if id(module) in self.names:
                 outputs = output if isinstance(output, tuple | list) else (output,)
-                self.returned.append((self.names[id(module)], [_producer(value) for value in outputs]))
+                self.returned.append((self.names[id(module)], [_producers(value) for value in outputs]))
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enter),
@@ -141,6 +152,21 @@ def _producer(value: Any) -> Any:
     if value.grad_fn is not None:
         return value.grad_fn
     return torch.autograd.graph.get_gradient_edge(value).node
+
+
+def _producers(value: Any) -> tuple[Any, Any]:
+    """A tensor's node, and that of what it is a view of: an in-place sum replaces the former."""
+    return _producer(value), _written(value) if isinstance(value, Tensor) else None
+
+
+def _is_in_place(func: Callable) -> bool:
+    return func.__name__ in ("__iadd__", "__isub__") or func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+def _written(value: Tensor) -> Any:
+    """The node that an in-place function writes to: that of the tensor itself, or of what it is a view of."""
+    base = value._base if value._is_view() else None
+    return _producer(value if base is None else base)
 
 
 def record(model: nn.Module, example_inputs: Any) -> Graph:
@@ -199,42 +225,80 @@ def _topological(roots: list[Any]) -> list[Any]:
 
 
 def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
-    index = {node: i for i, node in enumerate(order)}
+    index: dict[Any, int] = {}
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
     nodes: list[Node] = []
-    consumers: list[list[int]] = [[] for _ in order]
-    for i, autograd_node in enumerate(order):
-        nodes.append(_node(autograd_node, nodes, index, parameters, ndims))
-        for j in nodes[i].inputs:
+    for autograd_node in order:
+        for kind, inputs in _steps(autograd_node, nodes, index, recorder.writes):
+            nodes.append(_node(kind, inputs, autograd_node, nodes, parameters, ndims))
+        index[autograd_node] = len(nodes) - 1
+    consumers: list[list[int]] = [[] for _ in nodes]
+    for i, node in enumerate(nodes):
+        for j in node.inputs:
             if j >= 0:
                 consumers[j].append(i)
     additions = {}
     for ordinal, (result, operands, modules) in enumerate(recorder.additions):
-        if result in index and all(operand in index for operand in operands):
-            first, second = operands
-            additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
+        if result not in index or not nodes[index[result]].kind.is_sum:
+            continue
+        first, second = nodes[index[result]].inputs[:2] if operands is None else map(index.get, operands)
+        if first is not None and second is not None:
+            additions[index[result]] = Addition(ordinal, (first, second), modules)
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
-        outputs_of.setdefault(name, []).append([index.get(node, -1) for node in returned])
+        outputs_of.setdefault(name, []).append([index.get(node, index.get(base, -1)) for node, base in returned])
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
-def _node(
-    autograd_node: Any,
-    nodes: list[Node],
-    index: Mapping[Any, int],
-    parameters: Mapping[int, tuple[str, int]],
-    ndims: Mapping[str, int],
-) -> Node:
+def _steps(
+    autograd_node: Any, nodes: list[Node], index: Mapping[Any, int], writes: Mapping[Any, str]
+) -> list[tuple[Kind, tuple[int, ...]]]:
+    """What a node does, each step with its operands: a fused one multiplies first and adds then."""
+    name = type(autograd_node).__name__
     custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
-    kind = kind_of(type(autograd_node).__name__, custom)
+    kind = kind_of(name, custom) if name != "CopySlices" else kind_of_write(writes.get(autograd_node, ""))
     if kind is Kind.CHECKPOINT:
         raise TracingError(
             "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
             "model.gradient_checkpointing_disable(), or write use_reentrant=False"
         )
     inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in autograd_node.next_functions)
+    operation, following = name.partition("Backward")[0], len(nodes)
+    if operation in ("Addcmul", "Addcdiv"):
+        product = Kind.MULTIPLY if operation == "Addcmul" else Kind.DIVIDE
+        return [(product, inputs[1:]), (Kind.ADD, (inputs[0], following))]
+    if operation in ("Addmm", "Baddbmm", "Addmv") and inputs[0] >= 0 and nodes[inputs[0]].is_data:
+        return [(kind, inputs[1:]), (Kind.ADD, (inputs[0], following))]
+    if operation == "Lerp":
+        weight = inputs[2] if len(inputs) > 2 else -1
+        difference, step = (Kind.SUBTRACT, (inputs[1], inputs[0])), (Kind.MULTIPLY, (following, weight))
+        return [difference, step, (Kind.ADD, (inputs[0], following + 1))]
+    if operation in ("IndexAdd", "ScatterAdd") and min(inputs) >= 0:
+        return [(Kind.ADD, inputs)]
+    if operation in ("Sum", "Mean") and (stacked := _stacked(autograd_node)) is not None:
+        return [(Kind.ADD, tuple(-1 if next_ is None else index[next_] for next_, _ in stacked.next_functions))]
+    return [(kind, inputs)]
+
+
+def _stacked(autograd_node: Any) -> Any:
+    """The stack of two tensors that a sum over its new dimension undoes."""
+    before = autograd_node.next_functions[0][0]
+    dims: tuple[int, ...] = getattr(autograd_node, "_saved_dim", None) or ()
+    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2 or len(dims) != 1:
+        return None
+    ndim = len(autograd_node._input_metadata[0].shape) + (not autograd_node._saved_keepdim)
+    return before if dims[0] % ndim == before._saved_dim % ndim and not autograd_node._saved_keepdim else None
+
+
+def _node(
+    kind: Kind,
+    inputs: tuple[int, ...],
+    autograd_node: Any,
+    nodes: list[Node],
+    parameters: Mapping[int, tuple[str, int]],
+    ndims: Mapping[str, int],
+) -> Node:
     present = [nodes[j] for j in inputs if j >= 0]
     weights = frozenset[str]().union(*(operand.weights for operand in present))
     ancestors = 1 << len(nodes)
