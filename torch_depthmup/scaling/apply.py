@@ -17,11 +17,12 @@ from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import Rule, Width, get_rule
 from torch_depthmup.running import is_sharded, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.initialization import warn_of_shrinking
 from torch_depthmup.scaling.plan import How, Plan, Stream
 from torch_depthmup.scaling.planning import make_plan, match_streams, streams_at
-from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
+from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
 from torch_depthmup.scaling.verify import (
     Measured,
     check_branches,
@@ -30,6 +31,7 @@ from torch_depthmup.scaling.verify import (
     measured,
 )
 from torch_depthmup.tracing.branches import Pattern, Trace, trace
+from torch_depthmup.tracing.census import check_census
 
 __all__ = ["parametrize", "undo"]
 
@@ -97,6 +99,8 @@ def parametrize(
     width, scales, readouts = _widths(model, base, rule)
     plan = make_plan(model, found, streams, rule, how, widths=width, scales=scales, readouts=readouts)
     set_shapes = width is not None and widths.from_base_shapes(model) is None
+    if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
+        warn_if_trained(model)
     _carry_out(model, plan, found, example_inputs, set_shapes=set_shapes)
     Handle.attach(model, plan, set_shapes)
     return plan
@@ -119,6 +123,7 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
             f"{done[0] or type(model).__name__} was parametrized before: its branches are already scaled. Call "
             "dm.undo(model) first, or build a fresh model"
         )
+    refuse_shared_with_others(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PlanError(f"{name} is not initialized yet (a lazy module). Run the model once first")
@@ -142,12 +147,16 @@ def _streams(
     options: dict[str, Any],
 ) -> tuple[Stream, ...]:
     if base is None or not rule.scales_depth:
+        if rule.scales_depth and depth_multiplier != 1:
+            check_census(found)
         return streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     base = unwrap(base)
     with widths.shaped(base):
-        small = trace(base, inputs, **options).branches
-    streams = match_streams(found.branches, small)
-    warn_of_shrinking(model, found.branches, base, small, streams, rule)
+        small = trace(base, inputs, **options)
+    streams = match_streams(found.branches, small.branches)
+    if any(stream.depth_multiplier != 1 for stream in streams):
+        check_census(found, small)
+    warn_of_shrinking(model, found.branches, base, small.branches, streams, rule)
     return streams
 
 
@@ -273,5 +282,4 @@ def undo(model: nn.Module) -> None:
     if handle.set_shapes:
         widths.clear_shapes(owner)
     take_off(owner)
-    del vars(owner)[ATTRIBUTE]
-    Handle.alive.discard(owner)
+    forget(owner)

@@ -84,27 +84,29 @@ class _Masks:
     """Bit sets over the nodes of a graph."""
 
     weights: int
+    parametrised: int  # weight operations, and norms with a gain: what makes a path a branch
     nonlinear: int
-    pools: int
     data: int
 
     @staticmethod
     def of(graph: Graph) -> _Masks:
-        weights = nonlinear = pools = data = 0
+        weights = parametrised = nonlinear = data = 0
         for i, node in enumerate(graph.nodes):
             if node.is_data:
                 data |= 1 << i
                 weights |= node.is_weight_operation << i
+                gained = node.kind is Kind.NORM and bool(graph.weight_inputs(i))
+                parametrised |= (node.is_weight_operation or gained) << i
                 nonlinear |= _is_nonlinear(graph, i) << i
-                pools |= (node.kind is Kind.POOL) << i
-        return _Masks(weights, nonlinear, pools, data)
+        return _Masks(weights, parametrised, nonlinear, data)
 
 
 def _is_nonlinear(graph: Graph, i: int) -> bool:
     node, data = graph.nodes[i], graph.data_inputs(i)
     if node.kind.is_product and len(data) > 1:
         return True
-    return bool(data) and not (node.is_weight_operation or node.kind.is_linear or node.kind is Kind.NORM)
+    plain = node.is_weight_operation or node.kind.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
+    return bool(data) and not plain
 
 
 def _candidate(
@@ -129,7 +131,8 @@ def _by_ways(
             # the start of a stream, such as the latents of a Perceiver.
             sums = [i for i in graph.consumers[skip] if graph.nodes[i].kind is Kind.ADD]
             used = graph.nodes[skip].is_data or len(sums) == 1
-            return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else Verdict.OTHER
+            is_branch = bool(between & masks.parametrised) and used
+            return ResidualAddition(node, branch, skip, skip) if is_branch else Verdict.OTHER
     if not all(graph.nodes[i].is_data for i in operands):
         return Verdict.OTHER
     return (
@@ -164,7 +167,7 @@ def _carried_skip(
 def _carries(graph: Graph, i: int, across_weights: bool) -> bool:
     """Whether a node only hands on its one data operand, rearranged, cast, multiplied or pooled."""
     node = graph.nodes[i]
-    linear = node.kind.is_linear or node.kind is Kind.POOL or across_weights and node.kind is Kind.NORM
+    linear = node.kind.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
     return len(graph.data_inputs(i)) == 1 and (across_weights if node.is_weight_operation else linear)
 
 
@@ -200,7 +203,7 @@ def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> R
     weights = [(side & masks.weights).bit_count() for side in only]
     nonlinear = [bool(side & masks.nonlinear) for side in only]
     for i, (skip, branch) in enumerate((operands, operands[::-1])):
-        if only[i] & masks.nonlinear & ~masks.pools or weights[1 - i] == 0:
+        if nonlinear[i] or weights[1 - i] == 0:
             continue
         if weights[i] == 0:
             return ResidualAddition(node, branch, skip, skip, projection=True)
@@ -234,7 +237,7 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
         ):
             accepted.append(candidate)
     nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
 
 
@@ -276,15 +279,14 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], linked: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    nearest = nearest_additions(graph, residual.branch, nodes, stop=residual.start)
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
-        return any(only >> node & 1 for node in nodes)
-    return any(
-        graph.reaches(node, residual.start) and node != residual.start
-        for node in nearest_additions(graph, residual.branch, nodes, stop=residual.start)
-    )
+        inside = {node for node in nodes if only >> node & 1}
+        return bool(inside & set(nearest)) or (residual.node not in linked and bool(inside & linked or nearest))
+    return any(graph.reaches(node, residual.start) and node != residual.start for node in nearest)
 
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:

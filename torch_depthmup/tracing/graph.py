@@ -33,7 +33,7 @@ class Addition:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the autograd graph.
+    """A value of the forward pass: an output of a node of the autograd graph.
 
     Args:
         kind: what it does.
@@ -44,6 +44,7 @@ class Node:
         is_direct: whether its value is one parameter, at most viewed.
         is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
         is_scalar: whether its value is a single number.
+        shape: of its value.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Node:
     is_direct: bool
     is_weight_operation: bool
     is_scalar: bool
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
         self.sums = Sums()
-        # Every sum: its node, those of its operands if it has just two, and the modules that were running.
-        self.additions: list[tuple[Any, tuple[Any, ...] | None, tuple[str, ...]]] = []
-        self.writes: dict[Any, str] = {}  # the node of an in-place write into a view, and the function that wrote
-        self.returned: list[tuple[str, list[tuple[Any, Any]]]] = []
+        # Every sum: its edge, those of its operands where Python names both, and the modules that were running.
+        self.additions: list[tuple[Edge | None, tuple[Edge | None, ...] | None, tuple[str, ...]]] = []
+        self.writes: dict[Edge, str] = {}  # the edge of an in-place write into a view, and the function that wrote
+        self.returned: list[tuple[str, list[tuple[Edge | None, Edge | None]]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
@@ -111,15 +113,14 @@ class _Recorder(TorchFunctionMode):
         if summands is not None and _is_in_place(func):
             before = _written(summands[0]), _producer(summands[1])
         result = func(*args, **kwargs)
-        node = _producer(result)
-        if isinstance(result, Tensor) and type(_written(result)).__name__ == "CopySlices":
-            if _written(result) not in self.writes:
-                node = _written(result)
-            self.writes.setdefault(_written(result), func.__name__)
+        edge, written = _producers(result)
+        if written is not None and type(written[0]).__name__ == "CopySlices" and written not in self.writes:
+            edge = written
+            self.writes[written] = func.__name__
         self.sums.note(func, args, kwargs, result)
         if is_sum:
             # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
-            self.additions.append((node, before, tuple(self.stack)))
+            self.additions.append((edge, before, tuple(self.stack)))
         return result
 
     @contextlib.contextmanager
@@ -145,17 +146,20 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
-def _producer(value: Any) -> Any:
-    """The autograd node that produced a tensor; for a leaf, the node that would accumulate its gradient."""
+Edge = tuple[Any, int]
+"""An autograd node and the number of its output: the halves of a chunk are values of their own."""
+
+
+def _producer(value: Any) -> Edge | None:
+    """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
-    if value.grad_fn is not None:
-        return value.grad_fn
-    return torch.autograd.graph.get_gradient_edge(value).node
+    edge = torch.autograd.graph.get_gradient_edge(value)
+    return edge.node, edge.output_nr
 
 
-def _producers(value: Any) -> tuple[Any, Any]:
-    """A tensor's node, and that of what it is a view of: an in-place sum replaces the former."""
+def _producers(value: Any) -> tuple[Edge | None, Edge | None]:
+    """A tensor's edge, and that of what it is a view of: an in-place sum replaces the former."""
     return _producer(value), _written(value) if isinstance(value, Tensor) else None
 
 
@@ -163,8 +167,8 @@ def _is_in_place(func: Callable) -> bool:
     return func.__name__ in ("__iadd__", "__isub__") or func.__name__.endswith("_") and not func.__name__.endswith("__")
 
 
-def _written(value: Tensor) -> Any:
-    """The node that an in-place function writes to: that of the tensor itself, or of what it is a view of."""
+def _written(value: Tensor) -> Edge | None:
+    """The edge that an in-place function writes to: that of the tensor itself, or of what it is a view of."""
     base = value._base if value._is_view() else None
     return _producer(value if base is None else base)
 
@@ -208,11 +212,11 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
         return _build(_topological(roots), model, recorder)
 
 
-def _topological(roots: list[Any]) -> list[Any]:
-    """All nodes behind the roots, inputs first. Written without recursion, since deep networks are the point."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(root, False) for root in reversed(roots)]
+def _topological(roots: list[Edge]) -> list[Edge]:
+    """All values behind the roots, inputs first. Written without recursion, since deep networks are the point."""
+    order: list[Edge] = []
+    seen: set[Edge] = set()
+    stack: list[tuple[Edge, bool]] = [(root, False) for root in reversed(roots)]
     while stack:
         node, done = stack.pop()
         if done:
@@ -220,19 +224,23 @@ def _topological(roots: list[Any]) -> list[Any]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((next_, False) for next_, _ in node.next_functions if next_ is not None and next_ not in seen)
+            stack.extend((next_, False) for next_ in _operands(node) if next_ not in seen)
     return order
 
 
-def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
-    index: dict[Any, int] = {}
+def _operands(edge: Edge) -> list[Edge]:
+    return [next_ for next_ in edge[0].next_functions if next_[0] is not None]
+
+
+def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
+    index: dict[Edge, int] = {}
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
     nodes: list[Node] = []
-    for autograd_node in order:
-        for kind, inputs in _steps(autograd_node, nodes, index, recorder.writes):
-            nodes.append(_node(kind, inputs, autograd_node, nodes, parameters, ndims))
-        index[autograd_node] = len(nodes) - 1
+    for edge in order:
+        for kind, inputs in _steps(edge, nodes, index, recorder.writes):
+            nodes.append(_node(kind, inputs, edge[0], nodes, parameters, ndims))
+        index[edge] = len(nodes) - 1
     consumers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         for j in node.inputs:
@@ -240,30 +248,35 @@ def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
                 consumers[j].append(i)
     additions = {}
     for ordinal, (result, operands, modules) in enumerate(recorder.additions):
-        if result not in index or not nodes[index[result]].kind.is_sum:
+        if result is None or result not in index or not nodes[index[result]].kind.is_sum:
             continue
-        first, second = nodes[index[result]].inputs[:2] if operands is None else map(index.get, operands)
+        first, second = (
+            nodes[index[result]].inputs[:2]
+            if operands is None
+            else (index.get(edge) if edge else None for edge in operands)
+        )
         if first is not None and second is not None:
             additions[index[result]] = Addition(ordinal, (first, second), modules)
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
-        outputs_of.setdefault(name, []).append([index.get(node, index.get(base, -1)) for node, base in returned])
+        outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
 def _steps(
-    autograd_node: Any, nodes: list[Node], index: Mapping[Any, int], writes: Mapping[Any, str]
+    edge: Edge, nodes: list[Node], index: Mapping[Edge, int], writes: Mapping[Edge, str]
 ) -> list[tuple[Kind, tuple[int, ...]]]:
     """What a node does, each step with its operands: a fused one multiplies first and adds then."""
+    autograd_node = edge[0]
     name = type(autograd_node).__name__
     custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
-    kind = kind_of(name, custom) if name != "CopySlices" else kind_of_write(writes.get(autograd_node, ""))
+    kind = kind_of(name, custom) if name != "CopySlices" else kind_of_write(writes.get(edge, ""))
     if kind is Kind.CHECKPOINT:
         raise TracingError(
             "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
             "model.gradient_checkpointing_disable(), or write use_reentrant=False"
         )
-    inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in autograd_node.next_functions)
+    inputs = _indices(autograd_node, index)
     operation, following = name.partition("Backward")[0], len(nodes)
     if operation in ("Addcmul", "Addcdiv"):
         product = Kind.MULTIPLY if operation == "Addcmul" else Kind.DIVIDE
@@ -277,8 +290,17 @@ def _steps(
     if operation in ("IndexAdd", "ScatterAdd") and min(inputs) >= 0:
         return [(Kind.ADD, inputs)]
     if operation in ("Sum", "Mean") and (stacked := _stacked(autograd_node)) is not None:
-        return [(Kind.ADD, tuple(-1 if next_ is None else index[next_] for next_, _ in stacked.next_functions))]
+        return [(Kind.ADD, _indices(stacked, index))]
     return [(kind, inputs)]
+
+
+def _indices(autograd_node: Any, index: Mapping[Edge, int]) -> tuple[int, ...]:
+    return tuple(-1 if next_[0] is None else index[next_] for next_ in autograd_node.next_functions)
+
+
+def _index(index: Mapping[Edge, int], edge: Edge | None, base: Edge | None) -> int:
+    """Where a returned value is in the graph: itself, or what it was a view of; else -1."""
+    return next((index[found] for found in (edge, base) if found is not None and found in index), -1)
 
 
 def _stacked(autograd_node: Any) -> Any:
@@ -317,6 +339,7 @@ def _node(
         is_direct=not is_data and (bool(name) or views_one),
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
         is_scalar=_is_scalar(autograd_node),
+        shape=_shape(autograd_node),
     )
 
 
@@ -330,3 +353,8 @@ def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
 def _is_scalar(autograd_node: Any) -> bool:
     metadata = getattr(autograd_node, "_input_metadata", None) or ()
     return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
+
+
+def _shape(autograd_node: Any) -> tuple[int, ...]:
+    metadata = getattr(autograd_node, "_input_metadata", None) or (None,)
+    return () if metadata[0] is None else tuple(int(size) for size in metadata[0].shape)

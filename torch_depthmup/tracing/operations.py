@@ -32,7 +32,7 @@ class Kind(enum.Enum):
     LOOKUP = "picks entries of a tensor by number"
     LINEAR = "otherwise linear in its one operand"
     HOMOGENEOUS = "not linear, but commutes with a positive factor: f(m x) = m f(x)"
-    POOL = "takes the largest of several entries, which commutes with a positive factor too"
+    MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
     CHECKPOINT = "re-entrant gradient checkpointing, which hides what it runs"
     OTHER = "anything else, taken for nonlinear"
 
@@ -54,7 +54,7 @@ class Kind(enum.Enum):
     @property
     def keeps_positive_factors(self) -> bool:
         """Whether a positive multiple of the data operand gives the same multiple of the value."""
-        return self.is_linear or self in (Kind.HOMOGENEOUS, Kind.POOL)
+        return self.is_linear or self in (Kind.HOMOGENEOUS, Kind.MAX_POOL)
 
     @property
     def takes_one_factor_of_data(self) -> bool:
@@ -100,7 +100,7 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.VIEW, rf"({_VIEWS}){_SUFFIX}"),
     (Kind.LINEAR, rf"({_LINEAR}){_SUFFIX}|CopySlices"),
     (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|Abs)Backward\d*"),
-    (Kind.POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
+    (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _NAMES)
 
