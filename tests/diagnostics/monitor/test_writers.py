@@ -31,7 +31,7 @@ def test_writers_get_every_row(tmp_path) -> None:
     last = next(r for r in monitor.rows if r["step"] == 2 and r["layer"] == "blocks.0.fc1.weight")
     board.close()
     events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert "alignment/blocks.0.fc1.weight" in events.Tags()["scalars"]
+    assert "gradient_alignment/blocks.0.fc1.weight" in events.Tags()["scalars"]
     (first, second) = events.Scalars("own/blocks.0.fc1.weight")
     assert (first.step, second.step) == (0, 2) and second.value == pytest.approx(last["own"], rel=1e-6)
     frame = monitor.frame()

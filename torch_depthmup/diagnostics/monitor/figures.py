@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch_depthmup.diagnostics.monitor.recording import NUMBERS, FeatureMonitor
 from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.diagnostics.shared.style import (
     GRID,
@@ -15,9 +16,6 @@ from torch_depthmup.diagnostics.shared.style import (
 )
 from torch_depthmup.errors import MeasurementError
 
-if TYPE_CHECKING:
-    from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
-
 __all__ = ["initial_figure", "monitor_figure"]
 
 
@@ -26,7 +24,7 @@ def monitor_figure(monitors: FeatureMonitor | Mapping[str, FeatureMonitor], quan
 
     Args:
         monitors: one monitor, or several by label (runs of other depths or rules), a row of panels for each.
-        quantity: a column of layer rows, such as ``"own"``, ``"alignment"`` or ``"own_share"``.
+        quantity: a column of layer rows, such as ``"own"``, ``"gradient_alignment"`` or ``"own_share"``.
 
     Returns:
         A matplotlib figure. A line is a layer or stream, its colour the relative depth. Sizes have a log axis; own
@@ -36,8 +34,6 @@ def monitor_figure(monitors: FeatureMonitor | Mapping[str, FeatureMonitor], quan
         MeasurementError: nothing was recorded, or the quantity is unknown.
         ImportError: matplotlib is not installed.
     """
-    from torch_depthmup.diagnostics.monitor.recording import NUMBERS
-
     named = dict(monitors) if isinstance(monitors, Mapping) else {"": monitors}
     if quantity not in NUMBERS:
         raise MeasurementError(f"no quantity is called {quantity!r}. Write one of {', '.join(map(repr, NUMBERS))}")
@@ -76,7 +72,7 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], which: str, column: str) -
         values = [row[column] / (row["folded"] if column in ("own", "initial") else 1.0) for row in line]
         at = (line[0]["position"] + 1) / max(1, line[0]["additions"])
         axis.plot([row["step"] for row in line], values, color=shade(at), linewidth=1.1)
-    if column not in ("alignment", "own_share"):
+    if column not in ("gradient_alignment", "own_share"):
         axis.set_yscale("log")
         plain_ticks(axis)
 

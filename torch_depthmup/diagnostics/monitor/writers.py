@@ -67,6 +67,9 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+SHOWN = ("size", "update", "own", "gradient_alignment", "gradient")
+
+
 class TensorBoardWriter:
     """Writes each number as a scalar ``<quantity>/<branch or layer>`` to a TensorBoard writer.
 
@@ -76,7 +79,9 @@ class TensorBoardWriter:
         quantities: the columns to write.
     """
 
-    def __init__(self, writer: Any, quantities: Iterable[str] = ("size", "update", "own", "alignment", "gradient")):
+    def __init__(
+        self, writer: Any, quantities: Iterable[str] = ("size", "update", "own", "gradient_alignment", "gradient")
+    ):
         self.writer, self.quantities = writer, tuple(quantities)
 
     def __call__(self, rows: Sequence[Row]) -> None:

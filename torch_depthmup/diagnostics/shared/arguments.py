@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.running import tensors_in
 
-__all__ = ["checked_samples", "positive_integers", "positive_numbers", "seeds_of"]
+__all__ = ["checked_samples", "content_digest", "positive_integer", "positive_integers", "positive_numbers", "seeds_of"]
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """A positive integer.
+
+    Args:
+        name: what it is, for the message.
+        value: an ``int``, or an integer of another library.
+
+    Raises:
+        DepthMuPError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise DepthMuPError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)
 
 
 def positive_integers(name: str, values: Any, least: int = 1) -> list[int]:
@@ -88,3 +105,12 @@ def checked_samples(data: Any, source: str = "data") -> tuple[Any, Tensor]:
     if len(sizes) != 1 or not len(targets):
         raise DepthMuPError(f"{source}: inputs and targets must have equally many samples, not {sorted(sizes)}")
     return inputs, targets
+
+
+def content_digest(*values: Any) -> str:
+    """A short text that is the same for the same tensors, in the same order, and for no others."""
+    digest = hashlib.sha256()
+    for tensor in tensors_in(values):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
