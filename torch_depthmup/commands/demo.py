@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch_depthmup.commands.console import table, terminal
 from torch_depthmup.commands.sources import positive
 from torch_depthmup.commands.sweep import COMPARED
 from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
 from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
 from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, Training
-from torch_depthmup.diagnostics.transfer.result import Sweep, reading
+from torch_depthmup.diagnostics.transfer.result import Sweep
 from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 from torch_depthmup.rules import RULES
 
@@ -64,14 +63,12 @@ def run(options: argparse.Namespace) -> int:
         depths=depths, lrs=lrs, rules=rules, seeds=seeds, example_inputs=inputs[:16],
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    console = terminal()
-    console.print(table(sweep))
-    console.print(reading(sweep))
+    print(sweep)
     what = f"digits, width {options.width}, {options.optimizer}, {steps} steps, {seeds} seeds"
     for name, figure in (("transfer", transfer_figure), ("drift", drift_figure)):
         figure(sweep, title=what).savefig(options.out / f"{name}.png", dpi=130)
     (options.out / "transfer.json").write_text(json.dumps(_summary(sweep, vars(options)), indent=1, allow_nan=False))
-    console.print(
+    print(
         f"{len(sweep.runs)} runs in {seconds:.0f} s on {os.cpu_count()} cores; "
         f"figures {options.out / 'transfer.png'} and drift.png, runs transfer.json"
     )
@@ -92,7 +89,7 @@ def _summary(sweep: Sweep, options: dict[str, Any]) -> dict[str, Any]:
     rules = {
         rule: {
             "best_lr": {depth: sweep.optimum(rule, depth).lr for depth in sweep.depths},
-            "drift_factors_of_two": {depth: sweep.drift(rule, depth).value for depth in sweep.depths},
+            "drift_factors_of_two": {depth: str(sweep.drift(rule, depth)) for depth in sweep.depths},
             "transferred_loss": {depth: sweep.transferred(rule, depth) for depth in sweep.depths},
             "regret": {depth: sweep.regret(rule, depth).value for depth in sweep.depths},
         }

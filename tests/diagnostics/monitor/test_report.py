@@ -173,7 +173,7 @@ def test_layers_that_are_not_trained_are_frozen_and_named() -> None:
     found = [f for f in monitor.report().findings if f.kind == "frozen"]
     assert {f.text.partition(" have")[0] for f in found} == {
         "6 of 8 inner layers of blocks",
-        "6 of 8 outer layers of blocks",
+        "7 of 8 outer layers of blocks",
     }
 
 

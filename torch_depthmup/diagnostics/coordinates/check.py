@@ -27,6 +27,7 @@ from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
 from torch_depthmup.running import call
 from torch_depthmup.scaling.apply import parametrize
+from torch_depthmup.tables import columns
 
 __all__ = ["CoordinateCheck", "EXAMPLES", "coordinate_check"]
 
@@ -79,13 +80,19 @@ class CoordinateCheck:
         return "broken" if "broken" in verdicts else "holds" if verdicts == {"holds"} else "cannot tell"
 
     def __str__(self) -> str:
-        lines = [f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}"]
-        lines.append(f"  {'':32}{'axis':>6} {'slope':>7} {'95 % interval':>18} {'rule':>8}  verdict")
-        for s in self.slopes:
-            interval = f"[{s.low:+.2f}, {s.high:+.2f}]"
-            words = QUANTITIES[s.quantity]
-            lines.append(f"  {words:32}{s.axis:>6} {s.measured:+7.2f} {interval:>18} {s.prediction:>8}  {s.verdict}")
-        return "\n".join([*lines, *(f"  wrong: {mistake}" for mistake in self.mistakes)])
+        header = ("quantity", "axis", "slope", "95 % interval", "rule", "verdict")
+        rows = [
+            (
+                QUANTITIES[s.quantity],
+                (s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f}..{s.high:+.2f}", s.prediction, s.verdict),
+            )
+            for s in self.slopes
+        ]
+        lines = [
+            f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}",
+            *columns(header, rows),
+        ]
+        return "\n".join([*lines, *(f"wrong: {mistake}" for mistake in self.mistakes)])
 
 
 def coordinate_check(
