@@ -96,10 +96,27 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
             ],
         ),
         page.paragraph(
-            "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ".",
+            "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ". "
+            "Checked are the branches: their multiplier and the learning rates of what is in them. Stem, head, norms "
+            "outside the branches, eps and weight decay are not.",
             quiet=True,
         ),
+        page.following(*_next(check, options)),
     ]
+
+
+def _next(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
+    base = f"{options.model} {options.data}"
+    depths = " ".join(map(str, sorted(set(options.depths))))
+    if check.verdict == "holds":
+        return [f"See whether the learning rate transfers: depthmup sweep {base} --depths {depths} --lrs 2^-12..2^-4"]
+    if check.verdict == "broken":
+        return [
+            "Compare your multipliers with those of the plan: "
+            f"depthmup plan {base} --depth {max(options.depths)} --base-depth {min(options.depths)}",
+            "A smaller --lr tells early training from a step that is too large.",
+        ]
+    return [f"More seeds tell more: depthmup check {base} --depths {depths} --seeds {4 * options.seeds}"]
 
 
 def _listed(values: Sequence[int]) -> str:

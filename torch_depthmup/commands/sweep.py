@@ -94,6 +94,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _next(sweep: Sweep) -> list[str]:
+    steps = []
+    if any(row["at_grid_end"] for row in sweep.summary()):
+        steps.append("Some optima lie at an end of the grid: run the same command with more --lrs; finished runs stay.")
+    if "do not tell it" in sweep.reading:
+        steps.append("Some rules are not told apart: run the same command with more --seeds; finished runs stay.")
+    steps.append("Tune at the shallowest depth, parametrize the deep network with that as base=, and train it.")
+    return steps
+
+
 def _blocks(sweep: Sweep) -> list[str]:
     base = sweep.depths[0]
     diverged = sum(run.diverged for run in sweep.runs)
@@ -119,5 +129,6 @@ def _blocks(sweep: Sweep) -> list[str]:
             "error. Diverges from: the smallest learning rate at which a run diverged.",
             quiet=True,
         ),
+        page.following(*_next(sweep)),
         page.paragraph(f"{len(sweep.runs)} runs, {diverged} of them diverged; {seconds:.0f} s of work.", quiet=True),
     ]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.monitor.probe import Key, Kind, Probe, Product, Sights, signed_sum
 from torch_depthmup.diagnostics.monitor.report import Report, base_rows, report
-from torch_depthmup.diagnostics.shared.arguments import content_digest, positive_integer
+from torch_depthmup.diagnostics.shared.arguments import positive_integer
+from torch_depthmup.diagnostics.shared.content import content_digest
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import get_family

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.running import tensors_in
 
-__all__ = ["checked_samples", "content_digest", "positive_integer", "positive_integers", "positive_numbers", "seeds_of"]
+__all__ = ["checked_samples", "positive_integer", "positive_integers", "positive_numbers", "seeds_of"]
 
 
 def positive_integer(name: str, value: Any) -> int:
@@ -105,12 +103,3 @@ def checked_samples(data: Any, source: str = "data") -> tuple[Any, Tensor]:
     if len(sizes) != 1 or not len(targets):
         raise DepthMuPError(f"{source}: inputs and targets must have equally many samples, not {sorted(sizes)}")
     return inputs, targets
-
-
-def content_digest(*values: Any) -> str:
-    """A short text that is the same for the same tensors, in the same order, and for no others."""
-    digest = hashlib.sha256()
-    for tensor in tensors_in(values):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
