@@ -27,6 +27,7 @@ COMMANDS = {
         "train briefly over depths, and hold what moved against the rule",
     ),
     "sweep": ("torch_depthmup.commands.sweep", "does the learning rate transfer over depths of your network?"),
+    "choose": ("torch_depthmup.commands.choose", "which rule and learning rate for a depth that is not trained yet?"),
     "demo": ("torch_depthmup.commands.demo", "the same on digits, at three depths"),
     "nfd": ("torch_depthmup.commands.nfd", "predict the training of a wide network, and train one beside it"),
 }

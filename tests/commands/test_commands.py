@@ -330,7 +330,14 @@ def reports(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        for command in (BRANCHES, PLAN, CHECK, (*SWEEP, "--seeds", "2", "--rules", "mup", "depth-mup-corrected")):
+        choose = ("choose", *SWEEP[1:], "--rules", "mup", "--target", "8")
+        for command in (
+            BRANCHES,
+            PLAN,
+            CHECK,
+            choose,
+            (*SWEEP, "--seeds", "2", "--rules", "mup", "depth-mup-corrected"),
+        ):
             arguments = [command[0], "user_net:make", "user_net:data", *command[1:]]
             assert cli.main([*arguments, "--out", str(out / f"{command[0]}.html")]) in (0, 1, 3)
     return out
@@ -395,4 +402,4 @@ def test_the_pages_are_read_in_a_browser_dark_and_light(reports: Path, phone: bo
                     assert all(abs(a - b) <= 2 for a, b in zip(corner, found["background"][:3], strict=False)), told
                 assert all(found["alts"]) and found["fetched"] == [] and found["scripts"] == 0, told
                 assert window.console() == [], told
-    assert len(list(reports.glob("*.html"))) == 4
+    assert len(list(reports.glob("*.html"))) == 5

@@ -14,7 +14,7 @@ from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import RULES
 
-__all__ = ["COMPARED", "add_arguments", "learning_rates", "run"]
+__all__ = ["COMPARED", "add_arguments", "learning_rates", "run", "swept"]
 
 DESCRIPTION = """\
 Trains the network at several depths over a grid of learning rates, under several rules and seeds, in a process for
@@ -26,9 +26,9 @@ COMPARED = ("mup", "depth-mup", "depth-mup-corrected", "complete-p")
 MOST = 1000  # learning rates in one range: beyond it is a slip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``depthmup sweep``."""
-    sources.add_sources(parser, "sweep")
+def add_arguments(parser: argparse.ArgumentParser, command: str = "sweep") -> None:
+    """The arguments of ``depthmup sweep``, and of ``depthmup choose``."""
+    sources.add_sources(parser, command)
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument(
         "--depths", type=sources.positive, nargs="+", required=True, metavar="L", help="the least is the base"
@@ -72,8 +72,12 @@ def _number(text: str, part: str) -> float:
     return value
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs what is missing of the sweep, prints its table, writes the page. Returns the exit code."""
+def swept(options: argparse.Namespace) -> tuple[Sweep, Path]:
+    """Runs what is missing of the sweep. Returns it and the file of its runs.
+
+    Raises:
+        DepthMuPError: the report would overwrite the runs.
+    """
     make = sources.factory(options.model, options.width)
     train = Training(
         *sources.data(options.data), optimizer=options.optimizer, steps=options.steps, batch_size=options.batch_size
@@ -87,6 +91,12 @@ def run(options: argparse.Namespace) -> int:
         make, train, depths=sorted(set(options.depths)), lrs=lrs, rules=list(dict.fromkeys(options.rules)),
         seeds=options.seeds, path=runs,
     )  # fmt: skip
+    return sweep, runs
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs what is missing of the sweep, prints its table, writes the page. Returns the exit code."""
+    sweep, runs = swept(options)
     print(sweep)
     text = page.page(f"Learning-rate transfer of {options.model}", _blocks(sweep), command=options.command_line)
     sources.write(options.out, text)

@@ -6,6 +6,7 @@ A sweep is a list of finished runs, each a function of (rule, depth, lr, seed). 
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import fmean, median, stdev
@@ -17,7 +18,7 @@ from torch_depthmup.diagnostics.transfer.power import PowerLaw, power_law
 from torch_depthmup.diagnostics.transfer.runs import Run
 from torch_depthmup.errors import DepthMuPError, MeasurementError
 from torch_depthmup.rules import Rule, get_rule
-from torch_depthmup.tables import Table, columns, number
+from torch_depthmup.tables import COLUMNS, Table, columns, number
 
 __all__ = ["Sweep"]
 
@@ -169,7 +170,7 @@ class Sweep:
         return rows
 
     def __str__(self) -> str:
-        return "\n".join([*columns(*self.table(brief=True)), "", self.reading])
+        return "\n".join([*columns(*self.table(brief=True)), "", *textwrap.wrap(self.reading, COLUMNS)])
 
     def table(self, *, brief: bool = False) -> Table:
         """Header and rows of `summary` as a person reads them; the base's own moves and regret are not numbers.
