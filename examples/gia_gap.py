@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from torch_depthmup.diagnostics.nfd import gia_gap
+from torch_depthmup.diagnostics.nfd import Setting, gia_gap
 
 
 def main() -> None:
@@ -23,10 +23,9 @@ def main() -> None:
     for layers, rule in ((1, "depth-mup-corrected"), (2, "depth-mup"), (2, "depth-mup-corrected"), (2, "complete-p")):
         print(f"blocks of {layers}, {rule}, tanh, 4 steps at lr 1")
         for depth in (8, 32, 128):
-            gap = gia_gap(
-                inputs, targets, depth=depth, base_depth=1 if layers == 1 else 8, steps=4, lr=1.0, block_layers=layers,
-                rule=rule, width=4000, seeds=6,
-            )  # fmt: skip
+            base = 1 if layers == 1 else 8
+            setting = Setting(depth=depth, base_depth=base, steps=4, lr=1.0, block_layers=layers, rule=rule)
+            gap = gia_gap(setting, inputs, targets, width=4000, seeds=6)
             moved = gap.reused.mean("outputs")[-1, 0, 0] - gap.reused.mean("outputs")[0, 0, 0]
             mean, error = (value[-1, 0, 0] for value in gap.function())
             inner, inner_error = (value[-1].mean() for value in gap.gap("inner_update"))

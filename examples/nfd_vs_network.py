@@ -36,12 +36,12 @@ def main() -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
-    common = {"depth": 8, "steps": 4, "lr": 1.0, "base_depth": 4, "block_layers": 2}
-    predicted = simulate(inputs, targets, **common, width=30000, seeds=8)
+    setting = Setting(depth=8, steps=4, lr=1.0, base_depth=4, block_layers=2)
+    predicted = simulate(setting, inputs, targets, width=30000, seeds=8)
     wanted = predicted.mean("outputs")[-1]
     of_mean, of_one = [], []
     for i, (width, seeds) in enumerate(WIDTHS.items()):
-        network = measure(Setting(**common), inputs, targets, width=width, seeds=seeds)
+        network = measure(setting, inputs, targets, width=width, seeds=seeds)
         shade = str(0.8 - 0.7 * i / (len(WIDTHS) - 1))
         mean, error = network.mean("outputs")[:, 0, 0], network.error("outputs")[:, 0, 0]
         left.errorbar(range(5), mean, error, fmt="o-", color=shade, markersize=3, linewidth=0.8, label=f"n = {width}")
@@ -67,8 +67,8 @@ def main() -> None:
     for i, rule in enumerate(RULES):
         sizes = []
         for depth in DEPTHS:
-            result = simulate(inputs, targets, depth=depth, base_depth=4, steps=1, lr=0.1, block_layers=2, rule=rule,
-                              width=2000, seeds=4)  # fmt: skip
+            setting = Setting(depth=depth, base_depth=4, steps=1, lr=0.1, block_layers=2, rule=rule)
+            result = simulate(setting, inputs, targets, width=2000, seeds=4)
             sizes.append(float(result.mean("inner_own")[-1].mean()))
         slope = predicted_slopes(get_rule(rule), get_family("sgd"))["inner"]
         fitted = torch.tensor(sizes).log2().diff().mean() / torch.tensor(DEPTHS).log2().diff().mean()

@@ -56,7 +56,7 @@ def simulation(setting: Setting, width: int, device: str, seeds: int = 1) -> Cal
     inputs, targets = data(device)
 
     def run() -> None:
-        simulate(inputs, targets, depth=setting.depth, steps=setting.steps, lr=setting.lr, width=width, seeds=seeds)
+        simulate(setting, inputs, targets, width=width, seeds=seeds)
 
     return run
 

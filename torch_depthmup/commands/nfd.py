@@ -10,6 +10,7 @@ import torch
 
 from torch_depthmup.diagnostics.nfd.activations import ACTIVATIONS
 from torch_depthmup.diagnostics.nfd.comparison import compare, measure
+from torch_depthmup.diagnostics.nfd.figures import comparison_figure
 from torch_depthmup.diagnostics.nfd.result import SIZES
 from torch_depthmup.diagnostics.nfd.setting import Setting
 from torch_depthmup.diagnostics.nfd.simulate import memory_estimate, simulate
@@ -55,11 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Simulates, trains, compares, prints, draws. Returns the exit code."""
-    common = {
-        "depth": options.depth, "steps": options.steps, "lr": options.lr, "base_depth": options.base_depth,
-        "block_layers": options.block_layers, "activation": options.activation, "rule": options.rule,
-    }  # fmt: skip
-    setting = Setting(**common)
+    setting = Setting(
+        depth=options.depth, steps=options.steps, lr=options.lr, base_depth=options.base_depth,
+        block_layers=options.block_layers, activation=options.activation, rule=options.rule,
+    )  # fmt: skip
     images, labels = digits()
     inputs = images[: options.samples] / images[: options.samples].square().mean(1, keepdim=True).sqrt()
     targets = 1.0 - 2.0 * (labels[: options.samples] % 2)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"the simulation takes about {memory / 1e6:.0f} MB")
     start = time.perf_counter()
     predicted = simulate(
-        inputs, targets, **common, width=options.width, seeds=options.seeds, coupling=options.coupling, progress=True
+        setting, inputs, targets, width=options.width, seeds=options.seeds, coupling=options.coupling, progress=True
     )
     simulated = time.perf_counter()
     measured = measure(
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     header = ("quantity", f"predicted, n={options.width}", f"measured, n={options.network_width}", "largest |z|")
     print("\n".join([f"after {options.steps} steps, mean over layers", *columns(header, rows)]))
     print(f"Neural Feature Dynamics {comparison.verdict}")
-    comparison.plot().savefig(options.out, dpi=130)
+    comparison_figure(comparison).savefig(options.out, dpi=130)
     print(
         f"simulation {simulated - start:.1f} s, {options.seeds} networks {trained - simulated:.1f} s; "
         f"figure {options.out}"

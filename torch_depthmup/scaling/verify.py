@@ -1,7 +1,8 @@
-"""The value of every residual branch on the example inputs, before and after the act.
+"""Measures that a plan was carried out: the value of every residual branch, and every output of the whole network.
 
-The second pass hands on the first pass's branch values, so every branch is measured on exactly the inputs that it had
-before, whatever was done to the branches below it.
+The second pass hands on the first pass's branch values. So every branch is measured on exactly the inputs that it had
+before, whatever was done to the branches below it, and every output must be what it was: a multiplier that reaches
+anything but its addition is seen there.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import MeasurementError
+from torch_depthmup.running import tensors_in
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["branch_values", "check_branches", "filled"]
+__all__ = ["Measured", "check_branches", "differing_output", "filled", "measured"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
@@ -40,8 +43,21 @@ def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.zero_()
 
 
-def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
-    """Each branch's value on the inputs.
+@dataclass(frozen=True)
+class Measured:
+    """What a network gives on the example inputs.
+
+    Args:
+        branches: each branch's value.
+        outputs: each floating-point tensor of the model's output, auxiliary ones too.
+    """
+
+    branches: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
+    """Each branch's value and each output on the inputs.
 
     Raises:
         MeasurementError: a branch cannot be seen, or its value is zero or not finite.
@@ -57,7 +73,7 @@ def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
     def read(branch: int, value: Tensor, skip: Tensor) -> None:
         values[branch] = value.clone()
 
-    run_metered(model, inputs, Meter(found, read))
+    output = run_metered(model, inputs, Meter(found, read))
     for i, branch in enumerate(found.branches):
         if i not in values:
             raise MeasurementError(
@@ -70,34 +86,31 @@ def branch_values(model: nn.Module, inputs: Any, found: Trace) -> list[Tensor]:
                 f"{branch.name}: the branch's value on the example inputs has norm {size}, so nothing can be measured. "
                 "Pass example inputs on which the freshly initialized network is finite and not zero"
             )
-    return [values[i] for i in range(len(found.branches))]
+    return Measured(tuple(values[i] for i in range(len(found.branches))), _floating(output))
 
 
-def check_branches(
-    model: nn.Module, inputs: Any, found: Trace, before: Sequence[Tensor], multipliers: Sequence[float]
-) -> None:
+def check_branches(model: nn.Module, inputs: Any, found: Trace, before: Measured, multipliers: Sequence[float]) -> None:
     """Compares each branch's value with its multiple of what it was.
 
     Raises:
         MeasurementError: a branch differs by more than rounding.
     """
     wrong: list[str] = []
+    coarsest = _rounding(model)
 
     def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
-        wanted = before[branch].float() * multipliers[branch]
-        error = float((value.float() - wanted).norm() / wanted.norm())
-        if before[branch].dtype == torch.float64:
-            wanted = before[branch] * multipliers[branch]
-            error = float((value - wanted).norm() / wanted.norm())
-        dtypes = [value.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())]
-        tolerance = min(COARSEST, ROUNDING * max(torch.finfo(dtype).eps for dtype in dtypes))
+        was, multiplier = before.branches[branch], multipliers[branch]
+        wide = torch.float64 if was.dtype == torch.float64 else torch.float32
+        wanted = was.to(wide) * multiplier
+        error = float((value.to(wide) - wanted).norm() / wanted.norm())
+        tolerance = min(COARSEST, max(coarsest, ROUNDING * torch.finfo(value.dtype).eps))
         if not error <= tolerance:
-            ratio = float(value.float().norm() / before[branch].float().norm())
+            ratio = float(value.to(wide).norm() / was.to(wide).norm())
             wrong.append(
-                f"{found.branches[branch].name}: the branch should be {multipliers[branch]:.6g} times what it was, and "
-                f"is {ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
+                f"{found.branches[branch].name}: the branch should be {multiplier:.6g} times what it was, and is "
+                f"{ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
             )
-        return before[branch].clone()
+        return was.clone()
 
     run_metered(model, inputs, Meter(found, compare))
     if wrong:
@@ -107,3 +120,28 @@ def check_branches(
             + ". The model is as it was. What lies between its last weights and the addition is not linear: write "
             "how='wrap' instead of 'fold', or exclude the branch"
         )
+
+
+def differing_output(model: nn.Module, inputs: Any, found: Trace, before: Measured) -> str | None:
+    """Which output is not what it was although all branches hand on their old values; ``None`` where there is none.
+
+    Such an output sees a multiplier by another way than the residual addition.
+    """
+    output = run_metered(model, inputs, Meter(found, lambda branch, value, skip: before.branches[branch].clone()))
+    after = _floating(output)
+    for i, (value, was) in enumerate(zip(after, before.outputs, strict=True)):
+        wide = torch.float64 if was.dtype == torch.float64 else torch.float32
+        error = float((value.to(wide) - was.to(wide)).nan_to_num().norm())
+        size = float(was.to(wide).nan_to_num().norm())
+        if error > max(_rounding(model), ROUNDING * torch.finfo(was.dtype).eps) * size:
+            return "the output" if len(after) == 1 else f"output {i} (of {len(after)})"
+    return None
+
+
+def _rounding(model: nn.Module) -> float:
+    """The relative error that rounding makes at the coarsest precision among a model's parameters."""
+    return ROUNDING * max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+
+
+def _floating(output: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().clone() for tensor in tensors_in(output) if tensor.is_floating_point())

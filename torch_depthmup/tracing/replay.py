@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Meter(AtAdditions):
         return func(*changed, *args[2:], **rest)
 
 
-def run_metered(model: nn.Module, inputs: Any, meter: Meter) -> None:
-    """One pass, with batch statistics where the batch has any: running ones of a fresh network are those of no data."""
+def run_metered(model: nn.Module, inputs: Any, meter: AbstractContextManager) -> Any:
+    """The model's output; batch statistics where the batch has any: running ones of a fresh network are of no data."""
     with quiet(model, batch_statistics=has_batch_statistics(model, inputs)), exact_matrix_products(), meter:
-        call(model, fresh(inputs))
+        return call(model, fresh(inputs))

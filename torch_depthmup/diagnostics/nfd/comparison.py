@@ -10,10 +10,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from torch_depthmup.diagnostics.nfd.gaussian import checked_dtype
 from torch_depthmup.diagnostics.nfd.network import CanonicalBlock, CanonicalResNet
 from torch_depthmup.diagnostics.nfd.record import Record
 from torch_depthmup.diagnostics.nfd.result import SIZES, NFDResult, collect
-from torch_depthmup.diagnostics.nfd.setting import Setting, checked_data
+from torch_depthmup.diagnostics.nfd.setting import Scales, Setting, checked_data
+from torch_depthmup.diagnostics.shared.arguments import seeds_of
 from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.optim import SGD
@@ -52,14 +54,20 @@ def measure(
         The fields of a simulation, with ``coupling="network"``.
 
     Raises:
-        DepthMuPError: data or setting do not fit, or training diverged.
+        DepthMuPError: data or setting do not fit, the setting has other scales, or training diverged.
+
+    >>> inputs, targets = torch.eye(2), torch.tensor([1.0, -1.0])
+    >>> measure(Setting(depth=2, steps=1, lr=1.0), inputs, targets, width=16, seeds=2).outputs.shape
+    torch.Size([2, 2, 2, 1])
     """
+    if setting.scales != Scales():
+        raise DepthMuPError(
+            "the setting has scales of its own, those of another network than the canonical one that is trained here. "
+            "Train that network, or leave scales out"
+        )
     device = torch.device(device) if device is not None else inputs.device
-    inputs, targets = checked_data(inputs, targets, setting, device, dtype)
-    which = range(seeds) if isinstance(seeds, int) else seeds
-    results = [_train(setting, inputs, targets, width, seed, backward, dtype) for seed in which]
-    if not results:
-        raise DepthMuPError("at least one seed is needed")
+    inputs, targets = checked_data(inputs, targets, setting, device, checked_dtype(dtype))
+    results = [_train(setting, inputs, targets, width, seed, backward, dtype) for seed in seeds_of(seeds)]
     together: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in results]) for name in _PER_SEED}
     return replace(results[0], **together)
 
@@ -111,7 +119,7 @@ def _forward(
 ) -> tuple[list[Tensor], Tensor]:
     h = network.stem(inputs).requires_grad_()
     streams = [h]
-    record.stream(step, 0, h.detach()[None], step == 0)
+    record.stream(step, 0, h.detach()[None])
     blocks = cast(Iterable[CanonicalBlock], network.blocks)
     for number, (block, start) in enumerate(zip(blocks, starts, strict=True)):
         with torch.no_grad():
@@ -123,10 +131,10 @@ def _forward(
             if block.inner is not None:
                 inner_own = (h @ (block.inner.weight - start["inner.weight"]).T / root)[None]
             inner = phi if inner_own is None else taken
-            record.block(step, number, inner[None], inner_own, outer_own[None], phi[None], step == 0)
+            record.block(step, number, inner[None], inner_own, outer_own[None], phi[None])
         h = h + block(h)
         streams.append(h)
-        record.stream(step, number + 1, h.detach()[None], step == 0)
+        record.stream(step, number + 1, h.detach()[None])
     return streams, h @ network.readout.T / h.shape[1]
 
 
@@ -196,41 +204,6 @@ class Comparison:
                 f"agrees: no quantity differs by more than {FAR:g} standard errors in over {ALLOWED:.0%} of its values"
             )
         return f"differs by more than {FAR:g} standard errors: " + ", ".join(f"{n} ({self.far[n]:.0%})" for n in off)
-
-    def plot(self) -> Any:
-        """Outputs over steps, and the sizes of own updates over layer time at the last step, predicted and measured.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        figure = needs("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
-        left, *others = figure.subplots(1, 4)
-        steps = range(self.predicted.outputs.shape[1])
-        label = {
-            "predicted": f"prediction, n = {self.predicted.width}",
-            "measured": f"network, n = {self.measured.width}",
-        }
-        for kind, style in (("predicted", "-"), ("measured", "o")):
-            result: NFDResult = getattr(self, kind)
-            for sample in range(min(4, result.outputs.shape[2])):
-                mean, error = result.mean("outputs")[:, sample, 0], result.error("outputs")[:, sample, 0]
-                name = label[kind] if sample == 0 else None
-                left.errorbar(steps, mean, error, fmt=style, color=f"C{sample}", markersize=4, label=name)
-            for axis, field in zip(others, ("stream_update", "inner_own", "outer_own"), strict=True):
-                mean, error = result.mean(field)[-1], result.error(field)[-1]
-                times = result.layer_times(field)
-                every = max(1, len(mean) // 16) if kind == "measured" else 1
-                axis.errorbar(times[::every], mean[::every], error[::every], fmt=style, markersize=4, color="C0")
-                axis.set(
-                    title=f"{field.replace('_', ' ')} after {len(steps) - 1} steps",
-                    xlabel="layer time t",
-                    ylim=(0, None),
-                )
-        for axis in others:
-            axis.set_ylim(bottom=0)
-        left.set(title="outputs", xlabel="step")
-        left.legend(fontsize="small", frameon=False)
-        return figure
 
 
 def compare(predicted: NFDResult, measured: NFDResult) -> Comparison:

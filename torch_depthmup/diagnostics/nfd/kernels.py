@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.nfd.activations import Activation, derivative, get_activation
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, checked_coupling
 from torch_depthmup.diagnostics.nfd.setting import Setting, checked_data
 from torch_depthmup.diagnostics.shared.extras import needs
 
@@ -58,7 +57,7 @@ def _quadrature(c: Tensor, phi: Activation) -> tuple[Tensor, Tensor]:
     nodes, weights = (torch.tensor(part) for part in needs("scipy.special").roots_hermitenorm(NODES))
     weights = weights / weights.sum()
     q = c.diagonal()
-    # u = sqrt(q) a, u' = (c / sqrt(q)) a + sqrt(q' - c^2 / q) b
+    # u = sqrt(q) a, u' = (c / sqrt(q)) a + sqrt(q' - c^2 / q) b, with a and b independent and standard normal
     root = q.sqrt()[:, None, None, None]
     along = (c / q.sqrt()[:, None])[:, :, None, None]
     across = (q[None] - c.square() / q[:, None]).clamp_min(0).sqrt()[:, :, None, None]
@@ -103,6 +102,10 @@ def initial_kernels(
     Raises:
         DepthMuPError: inputs are not (samples, d) or not finite.
         ImportError: scipy is not installed.
+
+    >>> kernels = initial_kernels(torch.eye(2), depth=4, activation="relu")
+    >>> kernels.stream[:, 0, 0]  # (1 + T / 2 L) ** l times 1 / d
+    tensor([0.5000, 0.5625, 0.6328, 0.7119, 0.8009], dtype=torch.float64)
     """
     setting = Setting(depth=depth or 1, steps=0, lr=0.0, activation=activation, horizon=horizon)
     x, _ = checked_data(inputs, torch.zeros(len(inputs)), setting, torch.device("cpu"), torch.float64)
@@ -129,7 +132,7 @@ def _by_ode(start: Tensor, activation: str | Activation, horizon: float, points:
     def slopes(_: float, y: object) -> object:
         stream = torch.tensor(y)[:size].reshape(shape)
         feature, slope = dual_kernels(stream, activation)
-        # log G grows towards the input: its integral from 0 is taken along, and turned round below
+        # d log G / dt = -T E[phi' phi']: integrated from t = 0 here, and subtracted from its value at t = 1 below
         return (horizon * torch.cat([feature.flatten(), slope.flatten()])).numpy()
 
     y0 = torch.cat([start.flatten(), torch.zeros(size, dtype=torch.float64)]).numpy()
@@ -148,19 +151,19 @@ def tangent_kernel(setting: Setting, inputs: Tensor, *, coupling: Coupling = "re
     Args:
         setting: rule, depth and blocks; one output.
         inputs: (samples, d).
-        coupling: under ``"decoupled"`` the forward pass above a layer knows nothing of the backward pass to it, so the
-            backward kernel is replaced by its correlation with the readout, 1, and inner matrices contribute nothing.
+        coupling: ``"decoupled"`` sends g back through independent matrices. The function's true derivative at a layer
+            is then correlated with g only through the readout, with E = 1 instead of E[g g'], and inner matrices
+            contribute nothing.
 
     Returns:
         (samples, samples), float64.
 
-    Source: sum over layers of (T / L) E[g g'] E[phi phi'], arXiv 2512.21075; the second coupling is its mean over
-        independent backward matrices.
+    Source: Theta = sum over layers of (T / L) E[g g'] E[phi phi'], arXiv 2512.21075; the second coupling is its mean
+        over independent backward matrices.
     """
+    checked_coupling(coupling)
     effective = setting.multiplier**2 * setting.depth  # a^2 L stands for T under any rule
-    kernels = initial_kernels(
-        inputs, depth=setting.depth, activation=setting.activation, horizon=effective
-    )  # fmt: skip
+    kernels = initial_kernels(inputs, depth=setting.depth, activation=setting.activation, horizon=effective)
     below, above = slice(None, -1), slice(1, None)
     gradient = kernels.gradient[above] if coupling == "reused" else torch.ones_like(kernels.gradient[above])
     a2, unit = setting.multiplier**2, replace(setting, lr=1.0)
@@ -170,9 +173,7 @@ def tangent_kernel(setting: Setting, inputs: Tensor, *, coupling: Coupling = "re
     return theta
 
 
-def first_order_change(
-    setting: Setting, inputs: Tensor, targets: Tensor, *, coupling: Literal["reused", "decoupled"] = "reused"
-) -> Tensor:
+def first_order_change(setting: Setting, inputs: Tensor, targets: Tensor, *, coupling: Coupling = "reused") -> Tensor:
     """What one step changes the outputs by, to first order in the learning rate, from f = 0 at infinite width.
 
     Args:

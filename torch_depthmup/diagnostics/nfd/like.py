@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.nfd.activations import ACTIVATIONS
 from torch_depthmup.diagnostics.nfd.result import NFDResult
-from torch_depthmup.diagnostics.nfd.setting import Loss, Scales
+from torch_depthmup.diagnostics.nfd.setting import Loss, Scales, Setting
 from torch_depthmup.diagnostics.nfd.simulate import simulate
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import RULES, get_family, predicted_slopes
@@ -83,12 +83,12 @@ def simulate_like(
         outer_rate=rates["outer"],
         readout_rate=rates["readout"] * reading.readout_constant**2 * width,
     )
-    return simulate(
-        inputs, targets, depth=len(found.branches), steps=steps, lr=max(rates.values()), width=width,
-        activation=reading.activation, block_layers=2 if layers.inner else 1, rule="mup",
-        horizon=reading.branch_constant**2, momentum=momentum, loss=loss, seeds=seeds, scales=scales,
-        train_readout=rates["readout"] > 0, train_input=rates["stem"] > 0, **options,
+    setting = Setting(
+        depth=len(found.branches), steps=steps, lr=max(rates.values()), activation=reading.activation,
+        block_layers=2 if layers.inner else 1, rule="mup", loss=loss, horizon=reading.branch_constant**2,
+        momentum=momentum, train_readout=rates["readout"] > 0, train_input=rates["stem"] > 0, scales=scales,
     )  # fmt: skip
+    return simulate(setting, inputs, targets, width=width, seeds=seeds, **options)
 
 
 def _rule(model: nn.Module) -> str:
@@ -207,7 +207,7 @@ def _activation(
 
 
 def _factor(value: Tensor, reference: Tensor) -> tuple[float, float]:
-    """c in value = c * reference by least squares, and the relative residual."""
+    """c of the least-squares fit value = c * reference, and the residual relative to the value."""
     factor = float((value * reference).sum() / reference.square().sum())
     return factor, float((value - factor * reference).norm() / value.norm())
 

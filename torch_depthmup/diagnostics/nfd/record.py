@@ -12,7 +12,6 @@ from torch_depthmup.diagnostics.nfd.setting import Setting
 
 __all__ = ["Record", "Recorded"]
 
-
 KERNELS_KEPT = 9  # layer times at which kernels between samples are kept: 0, 1/8, ... 1
 
 
@@ -36,32 +35,23 @@ class Record:
         self.sizes: dict[str, list[list[Tensor]]] = {}
         self.kernels: dict[str, list[list[Tensor]]] = {}
         self.streams: list[Tensor] = []  # of initialization
-        self.taken: list[Tensor] = []
-        self.last = torch.empty(0)  # h_L of the latest forward pass
+        self.taken: list[Tensor] = []  # likewise: inner features
         self.diverged: tuple[int, float] | None = None
 
-    def stream(self, step: int, layer: int, h: Tensor, first: bool) -> None:
+    def stream(self, step: int, layer: int, h: Tensor) -> None:
         """The residual stream after a layer."""
-        if first:
+        if step == 0:
             self.streams.append(h)
         self._size("stream_moment", step, h, power=2)
         self._size("stream_update", step, h - self.streams[layer])
         if layer in self.times:
             self._kernel("kernels", step, h)
-        self.last = h
 
     def block(
-        self,
-        step: int,
-        number: int,
-        taken: Tensor,
-        inner_own: Tensor | None,
-        outer_own: Tensor,
-        phi: Tensor,
-        first: bool,
+        self, step: int, number: int, taken: Tensor, inner_own: Tensor | None, outer_own: Tensor, phi: Tensor
     ) -> None:
-        """A block's inner features and its matrices' own updates."""
-        if first:
+        """A block's inner features and its matrices' own updates; a block of one layer has no inner one."""
+        if step == 0:
             self.taken.append(taken)
         self._size("inner_update", step, taken - self.taken[number])
         self._size("inner_own", step, torch.zeros_like(outer_own) if inner_own is None else inner_own)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a simulation or a measured network gave: tensors by seed, step and layer; a frame; a file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch_depthmup.rules import Rule, get_rule
 
 __all__ = ["NFDResult", "SIZES", "collect"]
 
-
 SIZES = ("stream_moment", "gradient_moment", "stream_update", "inner_update", "inner_own", "outer_own")
+"""The fields that are sizes by layer."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +90,6 @@ class NFDResult:
                 for layer, t in enumerate(times):
                     rows.append((step, t, name, float(mean[step, layer]), float(error[step, layer])))
         return needs("pandas").DataFrame(rows, columns=["step", "t", "quantity", "mean", "error"])
-
-    def plot(self) -> Any:
-        """Losses and outputs over steps, and sizes over layer time at the last step, with standard errors.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        figure = needs("matplotlib.figure").Figure(figsize=(11, 3.4), layout="constrained")
-        losses, outputs, sizes = figure.subplots(1, 3)
-        steps = range(self.losses.shape[1])
-        losses.errorbar(steps, self.mean("losses"), self.error("losses"))
-        losses.set(title="loss", xlabel="step", ylim=(0, None))
-        for sample in range(min(6, self.outputs.shape[2])):
-            outputs.errorbar(steps, self.mean("outputs")[:, sample, 0], self.error("outputs")[:, sample, 0])
-        outputs.set(title="outputs", xlabel="step")
-        for name in ("stream_update", "inner_update", "inner_own", "outer_own"):
-            mean, error = self.mean(name)[-1], self.error(name)[-1]
-            sizes.errorbar(self.layer_times(name), mean, error, label=name.replace("_", " "))
-        sizes.set(title=f"feature updates after {len(steps) - 1} steps", xlabel="layer time t", ylim=(0, None))
-        sizes.legend(fontsize="small", frameon=False)
-        return figure
 
     def layer_times(self, name: str) -> Tensor:
         """t = l / L of the layers of one of the sizes."""

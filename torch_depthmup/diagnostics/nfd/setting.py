@@ -1,4 +1,4 @@
-"""The canonical residual networks of the theory: their settings, and the same as ordinary modules.
+"""The setting of a run: a canonical residual network of the theory, and how it is trained.
 
 h_0 = U x / sqrt(d), h_l = h_{l-1} + a W_l phi(h_{l-1}) / sqrt(n) or, with blocks of two layers,
 x_l = W_l h_{l-1} / sqrt(n), h_l = h_{l-1} + a V_l phi(x_l) / sqrt(n); f = v . h_L / n. All entries start standard
@@ -28,10 +28,10 @@ Loss = Literal["mse", "cross_entropy"]
 
 @dataclass(frozen=True)
 class Scales:
-    """A network of the same shape with other constants: what each part multiplies by, and learns at.
+    """Other constants than the canonical network's: a gain and a learning rate for each of its parts.
 
-    Gains are relative to the canonical network's matrices; rates are learning rates in its units, ``None`` for those
-    of the setting. A rate of 0 freezes the part.
+    Gains multiply the initial values of the canonical matrices; learning rates are in units of the width, ``None``
+    takes the setting's. A rate of 0 freezes the part.
     """
 
     input_gain: float = 1.0

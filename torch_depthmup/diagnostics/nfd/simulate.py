@@ -1,11 +1,7 @@
-"""Neural Feature Dynamics: the training of a very wide residual network, simulated without its matrices.
+"""Simulates the training of a canonical residual network at any width, without its matrices.
 
-The network (arXiv 2512.21075): h_0 = U x / sqrt(d), h_l = h_{l-1} + a W_l phi(h_{l-1}) / sqrt(n), f = v . h_L / n, all
-entries standard normal; or blocks of two layers, x_l = W_l h_{l-1} / sqrt(n), h_l = h_{l-1} + a V_l phi(x_l) / sqrt(n).
-The branch multiplier a is sqrt(T / L) under depth-muP. Trained by SGD with learning rate lr * n.
-
-What training adds to a matrix has low rank, and what was there at the start is seen through products only
-(`gaussian.py`), so nothing here is larger than width times samples times steps.
+What training adds to a matrix has low rank, and what was there at the start is seen through products only, so nothing
+here is larger than width times samples times steps. The network and its formulas are in `setting.py` and `dynamics.py`.
 """
 
 from __future__ import annotations
@@ -13,53 +9,38 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torch_depthmup.diagnostics.nfd.activations import Activation
 from torch_depthmup.diagnostics.nfd.dynamics import Network, backward, forward
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling, Noise
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, Noise, checked_coupling, checked_dtype
 from torch_depthmup.diagnostics.nfd.record import Record
 from torch_depthmup.diagnostics.nfd.result import NFDResult, collect
-from torch_depthmup.diagnostics.nfd.setting import Loss, Scales, Setting, checked_data
+from torch_depthmup.diagnostics.nfd.setting import Setting, checked_data
+from torch_depthmup.diagnostics.shared.arguments import seeds_of
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.errors import DepthMuPError
-from torch_depthmup.rules import Rule
 
-__all__ = ["memory_estimate", "simulate"]
+__all__ = ["check_memory", "memory_estimate", "simulate"]
 
 
 def memory_estimate(setting: Setting, samples: int, held_out: int, width: int, seeds: int, bytes_each: int = 4) -> int:
-    """Bytes that a simulation will take for its bases, increments and reference features."""
-    forward, backward = (setting.steps + 1) * (samples + held_out), setting.steps * samples
-    per_layer = setting.block_layers * (2 * forward + 4 * backward) + 3 * (samples + held_out)
+    """Bytes that a simulation will take for its bases with their products, and for reference features."""
+    queries = (setting.steps + 1) * (samples + held_out) + setting.steps * samples
+    per_layer = setting.block_layers * 2 * queries + 3 * (samples + held_out)
     return setting.depth * per_layer * width * seeds * bytes_each
 
 
 def simulate(
+    setting: Setting,
     inputs: Tensor,
     targets: Tensor,
     *,
-    depth: int,
-    steps: int,
-    lr: float,
-    base_depth: int = 1,
     width: int = 4096,
-    activation: str | Activation = "tanh",
-    block_layers: Literal[1, 2] = 1,
-    rule: str | Rule = "depth-mup-corrected",
-    coupling: Coupling = "reused",
-    loss: Loss = "mse",
-    horizon: float = 1.0,
     seeds: int | Sequence[int] = 4,
-    train_readout: bool = False,
-    train_input: bool = False,
-    momentum: float = 0.0,
-    batch_size: int | None = None,
+    coupling: Coupling = "reused",
     held_out: Tensor | None = None,
-    scales: Scales | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -67,17 +48,16 @@ def simulate(
     """Training of the canonical network at any width, exact in law, without any n x n matrix.
 
     Args:
+        setting: the network and its training.
         inputs: (samples, d).
         targets: (samples,) or (samples, classes) numbers for ``"mse"``, (samples,) class indices for
             ``"cross_entropy"``.
-        depth: as the following up to ``batch_size``, see `Setting`.
-        width: n; at least as large as all queries together, see Raises.
-        coupling: ``"reused"`` predicts real networks; ``"decoupled"`` is NFD under gradient independence.
+        width: n; larger than the number of all queries together, see Raises.
         seeds: how many, or which; simulated as one batch.
+        coupling: ``"reused"`` predicts real networks; ``"decoupled"`` is NFD under gradient independence.
         held_out: (points, d), only evaluated.
-        scales: other constants than the canonical ones.
         device: where to simulate; ``None`` is that of the inputs.
-        dtype: of the simulation.
+        dtype: of the simulation, float32 or float64.
         progress: whether a terminal shows a bar over steps (needs rich).
 
     Returns:
@@ -88,26 +68,26 @@ def simulate(
             gives the smallest that does), or memory will not do. A run that diverges warns, and returns what it has.
 
     Source: arXiv 2512.21075, the NFD system; the conditional simulation is that of `gaussian.py`.
+
+    >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, -1.0])
+    >>> result = simulate(Setting(depth=4, steps=2, lr=1.0), inputs, targets, width=1000, seeds=2)
+    >>> result.outputs.shape  # seeds, steps and initialization, samples, classes
+    torch.Size([2, 3, 2, 1])
+    >>> bool((result.losses[:, -1] < result.losses[:, 0]).all())
+    True
     """
-    setting = Setting(
-        depth=depth, steps=steps, lr=lr, base_depth=base_depth, block_layers=block_layers, activation=activation,
-        rule=rule, loss=loss, horizon=horizon, momentum=momentum, batch_size=batch_size, train_readout=train_readout,
-        train_input=train_input, scales=scales or Scales(),
-    )  # fmt: skip
+    checked_coupling(coupling)
     device = torch.device(device) if device is not None else inputs.device
-    inputs, targets = checked_data(inputs, targets, setting, device, dtype)
+    inputs, targets = checked_data(inputs, targets, setting, device, checked_dtype(dtype))
     points = inputs if held_out is None else torch.cat([inputs, _points(held_out, inputs)])
-    which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not which:
-        raise DepthMuPError("at least one seed is needed")
+    which = seeds_of(seeds)
     _check_width(setting, len(inputs), len(points), width)
-    _check_memory(
-        memory_estimate(setting, len(inputs), len(points) - len(inputs), width, len(which), dtype.itemsize), device
-    )
+    needed = memory_estimate(setting, len(inputs), len(points) - len(inputs), width, len(which), dtype.itemsize)
+    check_memory(needed, device, "Take fewer seeds at a time, samples, steps or layers, or a smaller width")
     noise = Noise(which, device=device, dtype=dtype)
-    classes = targets.shape[1] if loss == "mse" else int(targets.max()) + 1
+    classes = targets.shape[1] if setting.loss == "mse" else int(targets.max()) + 1
     network = Network(setting, points, len(inputs), classes, width, noise, coupling)
-    with torch.no_grad(), bar("simulating", steps, show=progress) as advance:
+    with torch.no_grad(), bar("simulating", setting.steps, show=progress) as advance:
         return _train(network, targets, advance)
 
 
@@ -131,7 +111,12 @@ def _check_width(setting: Setting, samples: int, points: int, width: int) -> Non
         )
 
 
-def _check_memory(needed: int, device: torch.device) -> None:
+def check_memory(needed: int, device: torch.device, advice: str) -> None:
+    """Refuses what the device has no memory for, before any of it is taken.
+
+    Raises:
+        DepthMuPError: more than nine tenths of the memory is needed; the message ends with the advice.
+    """
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     elif device.type == "cuda":
@@ -140,27 +125,27 @@ def _check_memory(needed: int, device: torch.device) -> None:
         return
     if needed > 0.9 * there:
         raise DepthMuPError(
-            f"the simulation would take {needed / 1e9:.1f} GB and there are {there / 1e9:.1f} GB. Take fewer seeds at "
-            "a time, samples, steps or layers, or a smaller width"
+            f"the simulation would take {needed / 1e9:.1f} GB and there are {there / 1e9:.1f} GB. {advice}"
         )
 
 
 def _train(network: Network, targets: Tensor, advance: Callable[[], None]) -> NFDResult:
     setting, samples = network.setting, network.samples
     record = Record(network)
-    velocity = {"embedding": torch.zeros_like(network.embedding), "readout": torch.zeros_like(network.readout)}
     for step in range(setting.steps + 1):
-        layers, outputs = forward(network, step, record)
-        if not bool(torch.isfinite(outputs).all()):
+        passed = forward(network, step, record)
+        if not bool(torch.isfinite(passed.outputs).all()):
             record.stop(step, 1.0)  # unless the layer is known already
             break
-        record.outputs.append(outputs)
+        record.outputs.append(passed.outputs)
         if step == setting.steps:
             break
-        batch = setting.batch(step, samples).to(outputs.device)
-        errors = setting.errors(outputs[:, :samples], targets, batch)
-        if not backward(network, layers, errors, batch, step, record, velocity):
+        batch = setting.batch(step, samples).to(passed.outputs.device)
+        errors = setting.errors(passed.outputs[:, :samples], targets, batch)
+        gradients = backward(network, passed, errors, batch, step, record)
+        if gradients is None:
             break
+        network.learn(gradients)
         advance()
     if (where := record.diverged) is not None:
         step, t = where

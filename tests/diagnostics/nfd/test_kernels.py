@@ -9,9 +9,7 @@ import torch
 
 from torch_depthmup.diagnostics.nfd import simulate
 from torch_depthmup.diagnostics.nfd.kernels import dual_kernels, first_order_change, initial_kernels, tangent_kernel
-from torch_depthmup.diagnostics.nfd.limits import infinite_depth, returns
 from torch_depthmup.diagnostics.nfd.setting import Setting
-from torch_depthmup.errors import DepthMuPError
 
 X = torch.nn.functional.normalize(torch.randn(3, 10, generator=torch.Generator().manual_seed(0))) * math.sqrt(10)
 Y = torch.tensor([1.0, -1.0, 0.5])
@@ -51,7 +49,7 @@ def test_depth_converges_to_the_ode_like_one_over_depth() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "erf"])
 def test_the_simulation_starts_with_these_kernels(activation: str) -> None:
-    result = simulate(X, Y, depth=16, steps=1, lr=0.0, activation=activation, width=20000, seeds=6)
+    result = simulate(Setting(depth=16, steps=1, lr=0.0, activation=activation), X, Y, width=20000, seeds=6)
     kernels = initial_kernels(X, activation=activation, depth=16)
     for name, closed in (("kernels", kernels.stream), ("gradient_kernels", kernels.gradient)):
         wanted = closed[list(result.times)].float()
@@ -71,35 +69,9 @@ def test_the_linear_tangent_kernel_is_e_or_e_minus_one(coupling, limit: float) -
 @pytest.mark.parametrize("coupling", ["reused", "decoupled"])
 def test_first_order_change_is_the_first_step_of_the_simulation(block_layers, rule: str, coupling) -> None:
     common = {"depth": 8, "steps": 1, "lr": 0.02, "block_layers": block_layers, "rule": rule, "base_depth": 2}
-    result = simulate(X, Y, **common, width=20000, seeds=8, coupling=coupling)
+    result = simulate(Setting(**common), X, Y, width=20000, seeds=8, coupling=coupling)
     moved = (result.outputs[:, 1] - result.outputs[:, 0])[..., 0]
     wanted = first_order_change(Setting(**common), X, Y, coupling=coupling).float()
     error = moved.std(0) / math.sqrt(8)
     assert float(((moved.mean(0) - wanted).abs() / (error + 0.02 * wanted.abs())).max()) < 4
     assert float(moved.abs().mean()) > 10 * float((moved.mean(0) - wanted).abs().mean())
-
-
-def test_infinite_depth_extrapolates_and_knows_its_rate() -> None:
-    # infinitely wide, one step, first order: the limit is known from the tangent kernel at great depth
-    limit = infinite_depth(X, Y, depths=[2, 4, 8, 16], steps=1, lr=0.1, width=30000, seeds=24, activation="relu")
-    deep = first_order_change(Setting(depth=2000, steps=1, lr=0.1, activation="relu"), X, Y).float()
-    assert float((limit.value[1, :, 0] - deep).abs().max()) < 0.01
-    assert limit.rate == pytest.approx(1, abs=max(0.4, 3 * limit.rate_error))
-
-
-def test_returns_diminish() -> None:
-    common = {"steps": 2, "lr": 2.0, "seeds": 32, "activation": "relu"}
-    small = returns(X, Y, depth=1, width=2000, **common)
-    large = returns(X, Y, depth=8, width=2000, **common)
-    assert small.next_depth[0] - 3 * small.next_depth[1] > large.next_depth[0]
-    narrow = returns(X, Y, depth=2, width=100, **common)
-    assert narrow.seed_spread == pytest.approx(small.seed_spread * math.sqrt(20), rel=0.5)
-    assert "twice the width" in str(small)
-
-
-@pytest.mark.parametrize("depths", [[4, 8], [8, 4, 16], [4, 4, 8]])
-def test_depths_that_cannot_be_extrapolated_are_refused(depths) -> None:
-    with pytest.raises(DepthMuPError, match="three or more ascending"):
-        infinite_depth(X, Y, depths=depths, steps=1, lr=0.1)
-    with pytest.raises(DepthMuPError, match="single seed"):
-        returns(X, Y, depth=2, width=64, steps=1, lr=0.1, seeds=1)
