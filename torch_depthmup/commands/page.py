@@ -23,7 +23,7 @@ from torch_depthmup.diagnostics.shared.style import DARK
 __all__ = ["figure", "following", "heading", "listing", "named_table", "page", "paragraph", "table"]
 
 LEAST = 0.75  # of its size: a figure on a narrower page scrolls
-VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open"}
+VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open", "network": "open"}
 
 CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1f26; --quiet: #5a6170; --line: #d5d9e2; --box: #f4f6fa;

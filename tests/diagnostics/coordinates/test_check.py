@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import blocks
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from trained import check
 
 import torch_depthmup as dm
-from torch_depthmup.diagnostics.coordinates.check import coordinate_check
+from torch_depthmup.diagnostics.coordinates.check import _of_the_network, coordinate_check
 from torch_depthmup.errors import DepthMuPError, PlanError
 
 # Slopes of log size in log depth as the theory's simulations measured them; ranges by their middle.
@@ -72,6 +73,7 @@ def test_too_few_points_cannot_tell() -> None:
     assert {slope.verdict for slope in result.slopes} == {"cannot tell"} and result.verdict == "cannot tell"
 
 
+@pytest.mark.filterwarnings("ignore:a plain")
 def test_widths_are_checked_along_their_own_axis() -> None:
     class Wide(blocks.Stack):
         def __init__(self, depth: int, width: int):
@@ -216,6 +218,7 @@ class TwoKinds(nn.Module):
         return self.head(h)
 
 
+@pytest.mark.filterwarnings("ignore:a plain")
 def test_kinds_of_branches_are_judged_apart() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         plan = dm.plan_of(model)
@@ -232,3 +235,12 @@ def test_kinds_of_branches_are_judged_apart() -> None:
     assert [(slope.quantity, slope.kind) for slope in broken] == [("inner", "second.#")]
     assert "the correction of the inner layers' learning rate is missing, in second.#" in result.mistakes[0]
     assert check(make=TwoKinds, depths=(2, 4, 8, 16), base_depth=2, seeds=3).verdict == "holds"
+
+
+def test_a_whole_that_grows_by_itself_is_no_mistake_of_the_rule() -> None:
+    """Branches are right, and the stream moves more than they say: exit code and verdict do not call that broken."""
+    result = check("depth-mup", depths=(2, 4, 8))
+    slopes = tuple(replace(s, verdict="broken") if s.quantity == "stream" else s for s in result.slopes)
+    assert {s.quantity: s.verdict for s in _of_the_network(slopes)}["stream"] == "network"
+    spoiled = tuple(replace(s, verdict="broken") if s.quantity in ("stream", "inner") else s for s in result.slopes)
+    assert _of_the_network(spoiled) == spoiled

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -77,7 +77,9 @@ class CoordinateCheck:
 
     @property
     def advice(self) -> str:
-        """How many seeds would tell what these cannot; ``""`` where they can."""
+        """How many seeds would tell what these cannot, or what ``"network"`` means; ``""`` where all is said."""
+        if self.verdict == "holds" and any(slope.verdict == "network" for slope in self.slopes):
+            return "network: multipliers and learning rates hold in every branch; the whole moves otherwise by itself"
         open_ = [slope for slope in self.slopes if slope.verdict == "cannot tell"]
         if not open_:
             return ""
@@ -90,7 +92,7 @@ class CoordinateCheck:
     def verdict(self) -> Verdict:
         """``"broken"`` if any slope is, ``"holds"`` if all do."""
         verdicts = {slope.verdict for slope in self.slopes}
-        return "broken" if "broken" in verdicts else "holds" if verdicts == {"holds"} else "cannot tell"
+        return "broken" if "broken" in verdicts else "holds" if verdicts <= {"holds", "network"} else "cannot tell"
 
     def __str__(self) -> str:
         header = ("quantity", "axis", "slope", "95 % interval", "rule", "verdict")
@@ -180,7 +182,7 @@ def coordinate_check(
                 monitor.close()
                 advance()
             sizes = _all_sizes(rows)
-            slopes = tuple(_slopes(sizes, rule, kind, tolerance))
+            slopes = _of_the_network(tuple(_slopes(sizes, rule, kind, tolerance)))
             wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT, ""]))
             check = CoordinateCheck(rule, kind, slopes, tuple(wrong), tuple(rows))
             done = len(which)
@@ -343,6 +345,17 @@ def _slopes(sizes: AllSizes, rule: Rule, family: Family, tolerance: float) -> It
                 if checked and len({point[place] for point in given}) > 1:
                     exponent = predicted[quantity] if axis == "depth" else 0.0
                     yield slope(axis, quantity, given, exponent, tolerance, kind)
+
+
+def _of_the_network(slopes: tuple[Slope, ...]) -> tuple[Slope, ...]:
+    """What the rule sets holds in every branch: then it is the network that lets the whole move otherwise.
+
+    A rule sets the branches' multiplier and learning rates. The exponent of the whole follows from them where gradients
+    do not depend on depth, which is not so in every network (post-norm; no depth scaling at all).
+    """
+    if any(s.verdict != "holds" for s in slopes if s.quantity in ("branch", "inner", "outer")):
+        return slopes
+    return tuple(replace(s, verdict="network") if s.verdict == "broken" and s.axis == "depth" else s for s in slopes)
 
 
 def _gradient_slope(sizes: dict[Point, float]) -> float:

@@ -34,7 +34,7 @@ Point = tuple[int, int | None, int]
 
 Sizes = Mapping[Point, float]
 
-Verdict = Literal["holds", "broken", "cannot tell"]
+Verdict = Literal["holds", "broken", "cannot tell", "network"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Slope:
         low: lower end of its 95 % confidence interval.
         high: upper end.
         predicted: the rule's exponent.
-        verdict: ``"holds"``, ``"broken"``, or ``"cannot tell"`` where the interval is too wide to say.
+        verdict: ``"holds"``, ``"broken"``, ``"cannot tell"`` where the interval is too wide to say, or ``"network"``
+            where multipliers and learning rates hold in every branch and the whole still moves otherwise.
         kind: the branches it is of, as their name with ``#`` for every number; ``""`` where there is one kind.
         seeds: that it was measured with.
         needed: about how many seeds would tell; ``seeds`` where these do, 0 where one seed gives no estimate.
