@@ -48,4 +48,4 @@ def test_the_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_command_on_ones_own_network_is_shown() -> None:
-    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"demo", "nfd"}
+    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"choose", "demo", "nfd"}
