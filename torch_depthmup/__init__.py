@@ -6,9 +6,10 @@ from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.modules import Residual
 from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, rescale
 from torch_depthmup.rules import Rule
-from torch_depthmup.scaling.apply import parametrize, undo
+from torch_depthmup.scaling.apply import apply, attach, parametrize, undo
 from torch_depthmup.scaling.bake import bake
 from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.planning import plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.schedules import per_group, set_lr, unscaled
 from torch_depthmup.tracing.branches import Branch, find_branches
@@ -25,6 +26,8 @@ __all__ = [
     "Plan",
     "Residual",
     "Rule",
+    "apply",
+    "attach",
     "bake",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -33,6 +36,7 @@ __all__ = [
     "optimizer",
     "parametrize",
     "per_group",
+    "plan",
     "plan_of",
     "rescale",
     "set_lr",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.running import call, fresh, main_output, quiet
-from torch_depthmup.scaling.hooks import hang_again, take_off
+from torch_depthmup.scaling.hooks import hang, hang_again, take_off
 from torch_depthmup.scaling.registry import forget, owner_of, plan_of, refuse_replaced
 
 __all__ = ["bake"]
@@ -47,7 +47,7 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     owner, plan = owner_of(model), plan_of(model)
     if plan.how != "wrap":
         raise PlanError("this model is folded, so its multipliers are in its weights already: there is nothing to bake")
-    multipliers = {branch.name: plan.branch_multiplier(branch) for branch in plan.branches}
+    multipliers = {planned.branch.name: planned.supplied for planned in plan.planned_branches}
     without = [b.name for b in plan.branches if not b.carrier and multipliers[b.name] != 1.0]
     if without:
         raise PlanError(
@@ -62,9 +62,13 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     for parameter, m in carriers:
         parameter.mul_(m)
     taken = take_off(owner)
+    hang(
+        owner, [hook for hook in plan.hooks if hook.branch is None]
+    )  # of tied readouts
     if before is not None and not _same(before, after := _outputs(owner, example_inputs)):
         for (parameter, _), value in zip(carriers, saved, strict=True):
             parameter.copy_(value)
+        take_off(owner)
         hang_again(taken)
         assert after is not None
         raise MeasurementError(

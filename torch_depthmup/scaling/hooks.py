@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
-from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.plan import Hook, PlannedBranch
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "hang", "hang_again", "hooked", "multiply", "plain_class", "take_off"]
+__all__ = ["BranchMultiplier", "branch_hooks", "hang", "hang_again", "hooked", "multiply", "plain_class", "take_off"]
 
 
 class BranchMultiplier:
@@ -76,30 +76,37 @@ def multiply(module: nn.Module, multiplier: float, index: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> Iterator[None]:
-    """The hooks of `hang` for as long as the network is measured."""
+def hooked(model: nn.Module, hooks: Iterable[Hook]) -> Iterator[None]:
+    """Multipliers on a model for as long as it is measured."""
     try:
-        hang(model, plan, found, only=only)
+        hang(model, hooks)
         yield
     finally:
         take_off(model)
 
 
-def hang(model: nn.Module, plan: Plan, found: Trace, *, only: int | None = None) -> None:
-    """For ``how="wrap"``: one multiplier on each module that returns a branch's value; of one branch, if ``only``."""
-    if plan.how != "wrap":
-        return
-    targets: dict[str, tuple[float, int]] = {}
-    for i, branch in enumerate(plan.branches):
-        m = plan.branch_multiplier(branch)
-        if m != 1.0 and only in (None, i):
+def hang(model: nn.Module, hooks: Iterable[Hook]) -> None:
+    """Hangs multipliers on the modules that a plan names."""
+    for hook in hooks:
+        multiply(model.get_submodule(hook.module), hook.multiplier, hook.output)
+
+
+def branch_hooks(model: nn.Module, planned: Sequence[PlannedBranch], found: Trace) -> tuple[Hook, ...]:
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value.
+
+    Raises:
+        PlanError: no module returns a branch's value and nothing else.
+    """
+    targets: dict[str, Hook] = {}
+    for i, branch in enumerate(planned):
+        if branch.supplied != 1.0:
             for name, index in _targets(model, found, i):
-                if targets.setdefault(name, (m, index)) != (m, index):
+                hook = targets.setdefault(name, Hook(name, index, branch.supplied, i))
+                if (hook.output, hook.multiplier) != (index, branch.supplied):
                     raise PlanError(
                         f"{name} returns branches with different multipliers. Give each branch a module of its own"
                     )
-    for name, (m, index) in targets.items():
-        multiply(model.get_submodule(name), m, index)
+    return tuple(targets.values())
 
 
 def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:

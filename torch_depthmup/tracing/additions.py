@@ -262,6 +262,11 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
             i = graph.data_inputs(i)[0]
             steps.append(i)
         if i in waiting:
+            if graph.reaches(skip, branch):
+                raise TracingError(
+                    f"{waiting[i]}: declared as a branch, but what it returns is the skip: the other operand of the "
+                    "addition is computed from it. Name the module that returns the other operand"
+                )
             del waiting[i]
             return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
     return None

@@ -44,6 +44,7 @@ class Node:
         is_direct: whether its value is one parameter, at most viewed.
         is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
         is_scalar: whether its value is a single number.
+        shape: of its value.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Node:
     is_direct: bool
     is_weight_operation: bool
     is_scalar: bool
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ def _node(
         is_direct=not is_data and (bool(name) or views_one),
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
         is_scalar=_is_scalar(autograd_node),
+        shape=_shape(autograd_node),
     )
 
 
@@ -302,3 +305,8 @@ def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
 def _is_scalar(autograd_node: Any) -> bool:
     metadata = getattr(autograd_node, "_input_metadata", None) or ()
     return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
+
+
+def _shape(autograd_node: Any) -> tuple[int, ...]:
+    metadata = getattr(autograd_node, "_input_metadata", None) or (None,)
+    return () if metadata[0] is None else tuple(int(size) for size in metadata[0].shape)

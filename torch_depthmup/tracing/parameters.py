@@ -27,14 +27,15 @@ class Parts:
 
     ``nodes`` are the data nodes between skip and addition. ``level[i]`` counts the weight operations on the longest
     path from the skip to node ``i``, itself included. ``sides`` maps each parameter to inner (0) or outer (1);
-    ``matrices`` are those that weight operations use. ``owner`` is the innermost module path around these.
+    ``factors`` are what weight operations multiply data with, each by the names of its parameters. ``owner`` is the
+    innermost module path around these.
     """
 
     nodes: frozenset[int] = frozenset()
     level: dict[int, int] = field(default_factory=dict)
     levels: int = 0
     sides: dict[str, int] = field(default_factory=dict)
-    matrices: frozenset[str] = frozenset()
+    factors: frozenset[frozenset[str]] = frozenset()
     owner: str = ""
 
 
@@ -55,14 +56,15 @@ def describe(
             if j in nodes:
                 later[j] = later[j] or later[i] or graph.nodes[i].is_weight_operation
     sides: dict[str, int] = {}
-    matrices: set[str] = set()
+    factors: set[frozenset[str]] = set()
     for i in sorted(nodes):
         for j in graph.weight_inputs(i):
             for name in sorted(graph.nodes[j].weights):
                 sides[name] = min(sides.get(name, OUTER), INNER if later[i] else OUTER)
-                if graph.nodes[i].is_weight_operation:
-                    matrices.add(name)
-    return Parts(nodes, level, level[branch], sides, frozenset(matrices), _owner(matrices or set(sides)))
+            if graph.nodes[i].is_weight_operation:
+                factors.add(graph.nodes[j].weights)
+    owner = _owner(set().union(*factors) or set(sides))
+    return Parts(nodes, level, level[branch], sides, frozenset(factors), owner)
 
 
 def _between(
