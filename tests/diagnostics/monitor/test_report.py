@@ -83,7 +83,7 @@ def test_a_repaired_collapse_is_told_with_its_price() -> None:
     assert "price" not in finding.text
 
 
-@pytest.mark.filterwarnings("ignore:a plain")
+@pytest.mark.filterwarnings("ignore:a plain")  # that is the mistake
 def test_a_plan_that_the_optimizer_ignores_is_not_called_repaired() -> None:
     plain = torch.optim.SGD
     deep, base = (
