@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PHI = {
     "identity": (lambda x: x, torch.ones_like),
@@ -64,3 +64,19 @@ def linear_first_order(depth: int, coupling: str) -> float:
     """-df / (eta chi q) of the linear network in the limit of infinite width, to first order in eta."""
     grown = (1 + 1 / depth) ** (depth - 1)
     return grown if coupling == "reused" else grown * (1 + 1 / depth) - 1
+
+
+def completep_groups(model: nn.Module, *, width: float, depth: float) -> dict[str, tuple[float, float, float]]:
+    """AdamW's (lr, weight decay, eps) multipliers of CompleteP with an explicit residual multiplier 1 / depth.
+
+    Written out from arXiv 2505.01618, table 1, for a GPT of hidden weights, biases and norms in blocks called ``h``.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("h.") and parameter.ndim == 2:
+            groups[name] = (1 / width, width, 1 / width / depth)
+        elif name.startswith("h."):  # biases and norms of the blocks
+            groups[name] = (1.0, 1.0, 1 / width / depth)
+        else:  # embeddings, tied readout, final norm
+            groups[name] = (1.0, 1.0, 1 / width)
+    return groups

@@ -34,8 +34,14 @@ __all__ = [
     "width_multipliers",
 ]
 
-Role = Literal["outside", "inner", "outer"]
-"""Where a parameter stands: outside every branch, before the branch's outer weight operation, or from it on."""
+Role = Literal["outside", "inner", "outer", "trunk"]
+"""Where a parameter stands: outside every branch, before the branch's outer weight operation, from it on, or on the
+trunk between two residual additions, as the norms of a post-norm network do."""
+
+TRUNK = -1.0
+"""Exponent of the lr multiplier of trunk parameters in the depth ratio, for every family and every rule that scales
+depth. There are L of them, none behind a branch multiplier. With g the gradient of one of them, O(1) in L, a step moves
+the function by lr * |g|**2 (SGD) or lr * |g|_1 (Adam), always downhill, so the L of them add up to O(L * lr)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ class Rule:
         sgd: learning-rate exponent of SGD; ``None`` takes ``2 * alpha - 1``, which keeps the function's update O(1).
         adam: learning-rate exponent of Adam-like optimizers; ``None`` takes ``alpha - 1``, likewise.
         width: whether ``mup``'s width multipliers apply too.
+        eps_width: exponent of Adam's eps in the width multiplier, for all parameters: the gradient falls as 1 / width.
+            ``mup`` leaves eps alone (0), CompleteP does not (-1).
+
+    >>> Rule("mine", alpha=0.75).branch_multiplier(16)
+    0.125
 
     Raises:
         PlanError: an exponent is not a finite number, ``alpha`` is negative, or the name is empty.
@@ -66,11 +77,12 @@ class Rule:
     sgd: float | None = None
     adam: float | None = None
     width: bool = True
+    eps_width: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise PlanError(f"a Rule needs a name, a non-empty string, not {self.name!r}")
-        for label in ("alpha", "correction", "sgd", "adam"):
+        for label in ("alpha", "correction", "sgd", "adam", "eps_width"):
             value = getattr(self, label)
             if value is None and label in ("sgd", "adam"):
                 value = 2 * self.alpha - 1 if label == "sgd" else self.alpha - 1
@@ -89,7 +101,7 @@ class Rule:
             return self.name
         plain = Rule(self.name, self.alpha)
         told = [f"alpha {self.alpha!r}"]
-        for field in ("correction", "sgd", "adam"):
+        for field in ("correction", "sgd", "adam", "eps_width"):
             if getattr(self, field) != getattr(plain, field):
                 told.append(f"{field} {getattr(self, field)!r}")
         return f"{self.name} ({', '.join(told)}{'' if self.width else ', no width'})"
@@ -103,6 +115,8 @@ class Rule:
         """The exponent of a learning rate in the depth ratio."""
         if role == "outside":
             return 0.0
+        if role == "trunk":
+            return TRUNK if self.scales_depth else 0.0
         assert self.sgd is not None and self.adam is not None
         return (self.adam if family.normalised else self.sgd) + (self.correction if role == "inner" else 0.0)
 
@@ -118,7 +132,7 @@ RULES: dict[str, Rule] = {
         Rule("mup", alpha=0.0, sgd=0.0, adam=0.0),
         Rule("depth-mup", alpha=0.5),
         Rule("depth-mup-corrected", alpha=0.5, correction=0.5),
-        Rule("complete-p", alpha=1.0),
+        Rule("complete-p", alpha=1.0, eps_width=-1.0),
     )
 }
 """The rules that are known by name."""
@@ -217,7 +231,7 @@ def depth_multipliers(rule: Rule, family: Family, role: Role, depth_ratio: float
     Args:
         rule: the exponents.
         family: the optimizer's family.
-        role: ``"outside"``, ``"inner"`` or ``"outer"``.
+        role: where the parameter stands.
         depth_ratio: ``depth / base_depth`` of the parameter's stream.
 
     Source: arXiv 2310.02244, section 4; arXiv 2512.21075 (``correction``); arXiv 2505.01618 (eps).
@@ -225,7 +239,7 @@ def depth_multipliers(rule: Rule, family: Family, role: Role, depth_ratio: float
     if role == "outside" or not rule.scales_depth:
         return UNIT
     exponent = rule.lr_exponent(family, role)
-    gradient = _power(depth_ratio, -rule.alpha)
+    gradient = 1.0 if role == "trunk" else _power(depth_ratio, -rule.alpha)
     penalised = family.normalised and not family.decoupled
     return Multipliers(
         lr=_power(depth_ratio, exponent),
@@ -262,32 +276,59 @@ def fold_multipliers(family: Family, multiplier: float) -> Multipliers:
 
 @dataclass(frozen=True)
 class Width:
-    """A parameter's dimensions beside those of its base: the data of ``mup``'s ``InfShape``.
+    """A parameter's dimensions beside those of its base, as in ``mup``'s ``InfShape``.
 
     Args:
         dims: the parameter's shape.
         base: for each dimension its size in the base model where it is a width, or ``None`` where it is not.
-        main: index of the dimension whose ratio is the width multiplier; ``None`` where there is no width.
+        summed: index of the width that the parameter's operation sums over (the fan-in of a hidden or readout weight);
+            ``None`` where it sums over none, as an embedding, a bias or a gain.
+        normalised: whether a norm follows the operation, so that the size of the weight does not matter.
     """
 
     dims: tuple[int, ...]
     base: tuple[int | None, ...]
-    main: int | None
+    summed: int | None = None
+    normalised: bool = False
 
     @property
-    def infinite(self) -> int:
-        """How many dimensions are widths."""
-        return sum(base is not None for base in self.base)
+    def widths(self) -> tuple[int, ...]:
+        """The indices of the dimensions that are widths."""
+        return tuple(index for index, base in enumerate(self.base) if base is not None)
+
+    @property
+    def kind(self) -> Literal["fixed", "vector", "readout", "hidden"]:
+        """What ``mup`` calls it: no width, one width that is kept, one that is summed over, or both.
+
+        A readout that a norm follows counts as hidden: the norm sets the size of what it reads out.
+        """
+        if not self.widths:
+            return "fixed"
+        if self.summed is None:
+            return "vector"
+        return "hidden" if len(self.widths) > 1 or self.normalised else "readout"
 
     @property
     def multiplier(self) -> float:
-        """Ratio of the main dimension to its base; 1 without width."""
-        return 1.0 if self.main is None else self.ratio(self.main)
+        """``mup``'s ``width_mult``: the ratio of the width that is summed over, or of the last, to its base."""
+        if not self.widths:
+            return 1.0
+        return self.ratio(self.widths[-1] if self.summed is None else self.summed)
 
     def ratio(self, index: int) -> float:
         """Ratio of one dimension to its base; 1 where it is not a width."""
         base = self.base[index]
         return 1.0 if base is None else self.dims[index] / base
+
+    @property
+    def size_exponent(self) -> float:
+        """How the size of a value at initialization goes with the width multiplier.
+
+        Hidden weights start as 1 / sqrt(width); embeddings, biases, gains and readouts do not change with width.
+
+        Source: arXiv 2203.03466, table 8.
+        """
+        return -0.5 if self.kind == "hidden" else 0.0
 
 
 def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None) -> Multipliers:
@@ -305,37 +346,44 @@ def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust
     Raises:
         OptimizerError: more than two dimensions are widths, or the family has no width rule.
 
-    Source: arXiv 2203.03466, table 8, as in mup 1.0.0; arXiv 2310.17813, condition 1 (Muon).
+    Source: arXiv 2203.03466, table 8, as in mup 1.0.0; arXiv 2505.01618, table 1 (eps); arXiv 2310.17813, condition 1
+    (Muon).
     """
-    if not rule.width or width is None or not width.infinite:
+    if not rule.width or width is None or not width.widths:
         return UNIT
-    if width.infinite > 2:
-        raise OptimizerError(f"a parameter of shape {width.dims} has {width.infinite} widths; mup knows at most two")
+    if len(width.widths) > 2:
+        raise OptimizerError(f"a parameter of shape {width.dims} has {len(width.widths)} widths; mup knows at most two")
     if family.width is None:
-        if all(width.ratio(index) == 1.0 for index in range(len(width.dims))):
+        if all(width.ratio(index) == 1.0 for index in width.widths):
             return UNIT
         raise OptimizerError(f"{family.name} has no width rule. Keep the base as wide as the model, or write rule='sp'")
+    hidden = width.kind == "hidden"
     if family.width == "sgd":
-        matrix = width.infinite == 2
-        lr = width.ratio(0) / width.ratio(1) if matrix else width.multiplier
+        # A hidden weight: width_mult of the fan-out over that of the fan-in; any other: width_mult.
+        kept = math.prod(width.ratio(index) for index in width.widths if index != width.summed)
+        lr = kept / width.multiplier if hidden else width.multiplier
     elif family.width == "adam":
-        lr = 1 / width.multiplier if width.infinite == 2 else 1.0
+        lr = 1 / width.multiplier if hidden else 1.0
     else:
         lr = _muon_width(width, adjust_lr)
-    return Multipliers(lr=lr, weight_decay=1 / lr)
+    eps = _power(width.multiplier, rule.eps_width) if family.normalised else 1.0
+    return Multipliers(lr=lr, weight_decay=1 / lr, eps=eps)
 
 
 def _muon_width(width: Width, adjust_lr: str | None) -> float:
-    def wanted(rows: float, columns: float) -> float:
-        return math.sqrt(rows / columns)
+    """What is missing from torch's factor for the shape to ``sqrt(fan_out / fan_in)``, relative to the base."""
+    fan_in = 1 if width.summed is None else width.summed
 
-    def given(rows: float, columns: float) -> float:
+    def wanted(dims: tuple[int, ...]) -> float:
+        return math.sqrt(dims[1 - fan_in] / dims[fan_in])
+
+    def given(dims: tuple[int, ...]) -> float:
         if adjust_lr == "match_rms_adamw":
-            return math.sqrt(max(rows, columns))
-        return math.sqrt(max(1.0, rows / columns))
+            return math.sqrt(max(dims))
+        return math.sqrt(max(1.0, dims[0] / dims[1]))
 
     base = tuple(dim if base is None else base for dim, base in zip(width.dims, width.base, strict=True))
-    return (wanted(*width.dims[:2]) / wanted(*base[:2])) / (given(*width.dims[:2]) / given(*base[:2]))
+    return (wanted(width.dims) / wanted(base)) / (given(width.dims) / given(base))
 
 
 def predicted_slopes(rule: Rule, family: Family) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Initializations that shrink branches with depth are told from those that do not, by their weights."""
+"""Initial sizes beside those of a base: what is there already is seen, and what is missing is supplied."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import blocks
 import pytest
@@ -11,94 +12,158 @@ import torch
 from torch import nn
 
 import torch_depthmup as dm
-from torch_depthmup.scaling.initialization import depth_exponent
-from torch_depthmup.scaling.plan import Stream
+from torch_depthmup.scaling.initialization import forward_factor, initial_size, simplest
 
-X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
 
-def stack(depth: int, power: float = 0.0, width: int = 16, block: type[nn.Module] = blocks.PreNorm) -> nn.Module:
-    model = blocks.Stack(depth, block, width)
+class Branches(nn.Module):
+    """``x + factor * a(x)``, then ``x + f(x)``."""
+
+    def __init__(self, width: int, factor: float):
+        super().__init__()
+        self.a, self.f, self.factor = branch(width), branch(width), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.factor * self.a(x)
+        return x + self.f(x)
+
+
+def branch(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+
+def network(depth: int, width: int = 32, *, forward: float = 0.0, initial: float = 0.0, std: float = 0.0) -> nn.Module:
+    """Last weights are initialized times depth ** initial, the first branch of a block is times depth ** forward."""
+    torch.manual_seed(depth + width)
+    body = [Branches(width, depth**forward) for _ in range(depth)]
+    model = nn.Sequential(nn.Linear(8, width), *body, nn.Linear(width, 3))
     with torch.no_grad():
-        for inside in model.blocks:
-            inside.fc2.weight.mul_(depth**power)
+        for module in model.modules():
+            if std and isinstance(module, nn.Linear):
+                module.weight.normal_(0, std)
+        for inside in body:
+            for last in (inside.a[3], inside.f[3]):
+                last.weight.mul_(depth**initial)
     return model
 
 
 @pytest.mark.parametrize("how", ["fold", "wrap"])
-def test_an_initialization_that_divides_by_the_root_of_depth_warns(how: str) -> None:
-    with pytest.warns(
-        UserWarning, match=r"blocks\.0\.fc2\.weight: .* as depth\^-0\.\d+ .*depth-mup-corrected's multiplier 0\.5 comes"
-    ) as seen:
-        dm.parametrize(stack(32, -0.5), base=stack(8, -0.5), example_inputs=X, how=how)
-    assert len(seen) == 1 and seen[0].filename == __file__
+@pytest.mark.parametrize("exponent", [-0.25, -0.5, -1.0])
+def test_a_factor_in_the_forward_pass_is_a_part_of_the_multiplier(how: str, exponent: float) -> None:
+    plan = dm.parametrize(network(32, forward=exponent), base=network(4, forward=exponent), example_inputs=X, how=how)
+    first, second = plan.planned_branches[:2]
+    assert first.forward == pytest.approx(8**exponent) and first.supplied == pytest.approx(8 ** (-0.5 - exponent))
+    assert second.forward == 1 and second.supplied == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+def test_a_depth_factor_in_the_weights_is_not_applied_twice(how: str) -> None:
+    model, base = network(32, initial=-0.5), network(4, initial=-0.5)
+    before = model[1].f[3].weight.detach().clone()
+    plan = dm.parametrize(model, base=base, example_inputs=X, how=how)
+    there = {branch.initial for branch in plan.planned_branches}
+    assert len(there) == 1 and there.pop() == pytest.approx(8**-0.5)
+    # What the forward pass computes is the same for fold and wrap, and no smaller than before.
+    hung = 1.0 if how == "fold" else 8**-0.5
+    torch.testing.assert_close(model[1].f[3].weight.detach() * hung, before)
+    folded = plan.multipliers("1.f.3.weight", "adamw").lr / plan.multipliers("1.f.1.weight", "adamw").lr
+    assert folded == pytest.approx(8**-0.5 / hung * 8**-0.5)
 
 
 @pytest.mark.parametrize(
-    "model, base, rule",
+    "initialize",
     [
-        (stack(32), stack(8), "depth-mup-corrected"),
-        (stack(32, width=64), stack(4, width=16), "depth-mup-corrected"),
-        (stack(32, -0.5), stack(8, -0.5), "mup"),  # nothing comes on top
-        (stack(8, -0.5), stack(8, -0.5), "depth-mup-corrected"),
-        (stack(32, block=blocks.LayerScale), stack(8, block=blocks.LayerScale), "complete-p"),
+        lambda weight: nn.init.normal_(weight, std=0.02),
+        lambda weight: nn.init.trunc_normal_(weight, std=0.05, a=-0.1, b=0.1),
+        nn.init.xavier_uniform_,
+        nn.init.orthogonal_,
+        nn.init.kaiming_normal_,
+        lambda weight: nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[1]), 1 / math.sqrt(weight.shape[1])),
     ],
 )
-def test_other_initializations_do_not(model: nn.Module, base: nn.Module, rule: str) -> None:
+def test_hidden_weights_start_as_the_bases_over_the_root_of_width_whatever_the_initialization(
+    initialize: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    models = []
+    for depth, width in ((8, 128), (2, 32)):
+        model = network(depth, width)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                initialize(module.weight)
+        models.append(model)
+    model, base = models
+    plan = dm.parametrize(model, base=base, example_inputs=X, rule="mup")
+    theirs = dict(base.named_parameters())
+    for name, other, wanted in (("1.f.1.weight", "1.f.1.weight", 0.5), ("0.weight", "0.weight", 1.0)):
+        size, base_size = (
+            p.detach().square().mean().sqrt() for p in (dict(model.named_parameters())[name], theirs[other])
+        )
+        assert float(size / base_size) == pytest.approx(wanted, rel=0.15)
+    assert plan["9.weight"].folded == 1 / 4  # the readout
+
+
+def test_nothing_is_seen_where_nothing_is() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dm.parametrize(model, base=base, example_inputs=X, rule=rule)
+        plan = dm.parametrize(network(32), base=network(4), example_inputs=X)
+    assert {(branch.initial, branch.forward) for branch in plan.planned_branches} == {(1.0, 1.0)}
+    carriers = {name for branch in plan.branches for name in branch.carrier}
+    assert {entry.scale for entry in plan.entries if entry.name not in carriers} == {1.0}
 
 
-class Mixed(nn.Module):
-    """One large and many small carriers: their proportion changes with depth, their sizes do not."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.stem, self.inner = nn.Linear(8, 24), nn.ModuleList(nn.Linear(24, 24) for _ in range(depth))
-        self.large, self.small = nn.Linear(24, 24), nn.ModuleList(nn.Linear(24, 24) for _ in range(depth - 1))
-        nn.init.normal_(self.large.weight, std=0.2)
-        for layer in self.small:
-            nn.init.normal_(layer.weight, std=0.02)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        for inner, outer in zip(self.inner, (self.large, *self.small), strict=True):
-            x = x + outer(torch.relu(inner(x)))
-        return x
+def test_kept_values_are_left_alone_and_a_wrong_size_is_said() -> None:
+    model, base = network(4, 64, std=0.02), network(4, 16, std=0.02)
+    before = model[1].f[1].weight.clone()
+    with pytest.warns(UserWarning, match=r"leaves \d+ parameters at sizes .*1\.a\.1\.weight \(2 times its size\)"):
+        dm.parametrize(model, base=base, example_inputs=X, rule="mup", initialization="keep")
+    assert torch.equal(model[1].f[1].weight, before)
 
 
-def test_kinds_of_carriers_are_compared_with_their_own() -> None:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dm.parametrize(Mixed(8), base=Mixed(2), example_inputs=X)
-
-
-def test_gpt2_warns() -> None:
+def gpt2(layers: int, width: int) -> nn.Module:
     import transformers  # not before conftest has made torchvision importable
 
-    def gpt2(layers: int) -> nn.Module:
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 32, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, **sizes))
-
-    with pytest.warns(UserWarning, match=r"transformer\.h\.0\.attn\.c_proj\.weight: .* as depth\^-0\.5"):
-        dm.parametrize(gpt2(8), base=gpt2(2), example_inputs=torch.randint(40, (2, 8)))
+    torch.manual_seed(layers)
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": width, "n_head": width // 16}
+    config = transformers.GPT2Config(n_layer=layers, bos_token_id=0, eos_token_id=0, **sizes)
+    return transformers.GPT2LMHeadModel(config)
 
 
-@pytest.mark.parametrize("power", [-1.0, -0.5, 0.0, 0.5])
-def test_the_exponent_is_that_of_the_weights_at_any_width(power: float) -> None:
-    torch.manual_seed(0)
-    groups = [
-        [torch.randn(n, n) / math.sqrt(n) * depth**power for _ in range(depth)] for depth, n in ((32, 64), (8, 32))
-    ]
-    assert depth_exponent(*groups, Stream(32, 4)) == pytest.approx(power, abs=0.02)
+def test_stock_gpt2_works_in_depth_and_width() -> None:
+    model = gpt2(8, 96)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    plan = dm.parametrize(model, base=gpt2(2, 32), example_inputs=torch.randint(40, (2, 8)))
+    assert {round(branch.initial * branch.forward, 6) for branch in plan.planned_branches} == {0.5}
+    for name, parameter in model.named_parameters():
+        is_hidden = name.endswith("weight") and ".c_" in name
+        wanted = before[name] * (3**-0.5 if is_hidden else 1.0)
+        torch.testing.assert_close(parameter.detach(), wanted)
+    assert [(hook.module, hook.multiplier) for hook in plan.hooks] == [("lm_head", pytest.approx(1 / 3))]
 
 
-def test_what_starts_at_zero_or_has_too_few_values_has_no_exponent() -> None:
-    zero, one, meta = torch.zeros(3), torch.ones(3), torch.ones(3, device="meta")
-    few, many = torch.randn(4, 4), torch.randn(32, 32)
-    assert not math.isnan(depth_exponent([many], [few], Stream(64, 32)))  # over a long way a few will do
-    for groups in (([zero], [one]), ([one], [zero]), ([meta], [one]), ([], [one]), ([many], [few]), ([few], [many])):
-        assert math.isnan(depth_exponent(*groups, Stream(4, 2)))
+@pytest.mark.parametrize("block", [blocks.PreNorm, blocks.LayerScale, blocks.ReZero])
+def test_zero_and_constant_carriers_tell_nothing(block: type[nn.Module]) -> None:
+    plan = dm.parametrize(blocks.Stack(16, block), base=blocks.Stack(4, block), example_inputs=X)
+    assert {(branch.initial, branch.forward) for branch in plan.planned_branches} == {(1.0, 1.0)}
+
+
+def test_ratios_are_simple_powers_where_they_may_be() -> None:
+    assert simplest(0.51, 0.01, 4.0, 1.0) == pytest.approx((0.5, 1.0))
+    assert simplest(1.15, 0.02, 3.0, 4.0) == pytest.approx((3**-0.5, 2.0))  # 0.02 / sqrt(2 L)
+    assert simplest(0.7, 0.001, 4.0, 1.0) == (0.7, 1.0)
+    assert simplest(1.3, 0.2, 4.0, 4.0) == (1.0, 1.0)  # too few values to tell
+
+
+def test_sizes_are_those_of_pytorchs_default_where_values_look_like_it() -> None:
+    layer = nn.Linear(64, 3)
+    size = initial_size(layer.bias, 1 / 8)
+    assert size is not None and (size.size, size.error) == (1 / 8 / math.sqrt(3), 0)
+    assert initial_size(torch.ones(4)).error == 0  # type: ignore[union-attr]
+    assert initial_size(torch.ones(4, device="meta")) is None
+
+
+def test_branch_sizes_must_differ_by_more_than_chance() -> None:
+    assert forward_factor([0.5] * 8, [1.0] * 2, 4.0) == pytest.approx(0.5)
+    assert forward_factor([0.98] * 8, [1.0] * 2, 4.0) == 1
+    assert forward_factor([0.1, 5.0, 0.3, 2.0], [1.0, 9.0], 4.0) == 1
+    assert forward_factor([], [1.0], 4.0) == 1

@@ -104,7 +104,7 @@ def test_undo_takes_width_back() -> None:
         assert not hasattr(ours, "infshape")
 
 
-def test_tied_readouts_and_other_families_are_refused() -> None:
+def test_a_readout_that_shares_the_embedding_is_multiplied_by_a_hook() -> None:
     class Tied(nn.Module):
         def __init__(self, width: int):
             super().__init__()
@@ -115,10 +115,16 @@ def test_tied_readouts_and_other_families_are_refused() -> None:
         def forward(self, tokens):
             return self.head(self.block(self.embed(tokens)))
 
-    tokens = torch.tensor([[1, 2]])
-    with pytest.raises(PlanError, match="MuSharedReadout"):
-        dm.parametrize(Tied(32), base=Tied(16), example_inputs=tokens)
-    assert dm.parametrize(Tied(16), base=Tied(16), example_inputs=tokens)
+    tokens, multiplied = torch.tensor([[1, 2]]), Tied(32)
+    plan = dm.parametrize(multiplied, base=Tied(16), example_inputs=tokens, rule="mup")
+    assert [(hook.module, hook.multiplier) for hook in plan.hooks] == [("head", 0.5)]
+    product = multiplied.block(multiplied.embed(tokens)) @ multiplied.embed.weight.T
+    torch.testing.assert_close(multiplied(tokens), product / 2)
+    assert plan.multipliers("embed.weight", "adam").lr == 1
+    assert dm.parametrize(Tied(16), base=Tied(16), example_inputs=tokens).hooks == ()
+
+
+def test_a_base_of_another_family_is_refused() -> None:
     model = net(4, 48)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(PlanError, match="0.weight .* has no counterpart in the base"):
@@ -143,11 +149,12 @@ def test_stages_are_matched_block_by_block() -> None:
         dm.parametrize(bottlenecks(3, 64), base=bottlenecks(1, 32), example_inputs=inputs)
 
 
-def test_an_initialization_that_ignores_width_is_refused() -> None:
+def test_an_initialization_that_ignores_width_is_brought_to_the_base() -> None:
     model, base = net(2, 64), net(2, 16)
     for module in (*model.modules(), *base.modules()):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
-    with pytest.raises(PlanError, match="1.fc1.weight: its initial standard deviation is 0.0.*fan-in"):
-        dm.parametrize(model, base=base, example_inputs=X)
-    assert dm.parametrize(model, depth_multiplier=2, example_inputs=X)
+    plan = dm.parametrize(model, base=base, example_inputs=X)
+    assert plan["1.fc1.weight"].scale == pytest.approx(0.5)  # 1 / sqrt(width_mult)
+    assert plan["0.weight"].scale == 1 and plan["3.weight"].scale == pytest.approx(1 / 4)  # the readout's multiplier
+    assert "0.5 takes its size to that of the base at width_mult 4" in plan.explain("1.fc1.weight")

@@ -1,37 +1,28 @@
-"""Carries a plan out on a model, measures that it did, and undoes it. Everything or nothing.
-
-Also keeps track of which live modules have been parametrized, so that an optimizer that sees nothing but parameters
-finds their plan again - by name, after copies and replacements.
-"""
+"""Carries a plan out on a model, measures that it did, and undoes it. Everything or nothing."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import MeasurementError, PlanError
-from torch_depthmup.rules import Rule, Width, get_rule
-from torch_depthmup.running import is_sharded, unwrap, without_numbers
+from torch_depthmup.rules import Rule, get_rule
+from torch_depthmup.running import is_sharded, normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
-from torch_depthmup.scaling.initialization import warn_of_shrinking
-from torch_depthmup.scaling.plan import How, Plan, Stream
-from torch_depthmup.scaling.planning import make_plan, match_streams, streams_at
-from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
-from torch_depthmup.scaling.verify import (
-    Measured,
-    check_branches,
-    differing_output,
-    filled,
-    measured,
-)
-from torch_depthmup.tracing.branches import Pattern, Trace, trace
+from torch_depthmup.scaling.plan import How, Plan
+from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
+from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
+from torch_depthmup.scaling.verify import Measured, check_branches, differing_output, filled, measured
+from torch_depthmup.tracing.branches import Pattern
 
-__all__ = ["parametrize", "undo"]
+__all__ = ["apply", "attach", "parametrize", "undo"]
 
 
 def parametrize(
@@ -45,6 +36,7 @@ def parametrize(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
+    initialization: Initialization = "base",
 ) -> Plan:
     """Scales the residual branches of a freshly initialized model, in place, and plans its learning rates.
 
@@ -53,7 +45,8 @@ def parametrize(
 
     Args:
         model: a residual network at initialization, on a real device.
-        base: the shallower (and possibly narrower) model of the same family that one tunes on. Only its shapes count.
+        base: the shallower (and possibly narrower) model of the same family that one tunes on. Its shapes count,
+            and the sizes that its values start with; on ``meta`` only the shapes.
         depth_multiplier: instead of ``base``, the model's depth over that of the base, whether one counts layers or
             additions; 1 for the base itself.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; a small batch will do.
@@ -64,9 +57,17 @@ def parametrize(
         include: name patterns or module classes; only their branches are scaled.
         exclude: name patterns or module classes whose branches are left alone.
         branches: name patterns or module classes that are declared to be branches.
+        initialization: ``"base"`` takes initial values to the sizes that the base's have, as width and depth ask for,
+            whatever the library's initialization is; ``"keep"`` leaves them alone and warns where they differ.
 
     Returns:
         The plan, found again by `plan_of`.
+
+    >>> import torch, torch_depthmup as dm
+    >>> model = torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(8)])
+    >>> plan = dm.parametrize(model, depth_multiplier=4, example_inputs=torch.ones(1, 8))
+    >>> [group["lr"] for group in dm.AdamW(model.parameters(), lr=0.1).param_groups]
+    [0.025]
 
     Raises:
         PlanError: the model, base and rule do not give a plan, or the model was parametrized before.
@@ -75,34 +76,78 @@ def parametrize(
 
     Source: arXiv 2310.02244, section 4; arXiv 2512.21075; arXiv 2505.01618.
     """
-    rule, model = get_rule(rule), _checked(model, how)
-    if base is not None and depth_multiplier is not None:
-        raise PlanError("pass base=small_model or depth_multiplier=number, not both")
-    if rule.scales_depth and example_inputs is None:
-        raise PlanError("branches are found by running the model once: pass example_inputs=, a small batch will do")
-    if rule.scales_depth and base is None and depth_multiplier is None:
-        raise PlanError(
-            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or depth_multiplier=<depth "
-            "over that of the base> (1 for the base itself)"
-        )
+    model = _checked(model, how)
+    for name, parameter in model.named_parameters():
+        _refuse_without_values(name, parameter)
     options = {"include": include, "exclude": exclude, "branches": branches}
-    with widths.shaped(model):
-        found = Trace() if example_inputs is None else trace(model, example_inputs, **options)
-    if rule.scales_depth and not found.branches:
-        raise PlanError(
-            f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
-            "whose output is added to the skip>'], or write rule='mup'"
-        )
-    streams = _streams(model, found, base, depth_multiplier, example_inputs, rule, options)
-    width, scales, readouts = _widths(model, base, rule)
-    plan = make_plan(model, found, streams, rule, how, widths=width, scales=scales, readouts=readouts)
-    set_shapes = width is not None and widths.from_base_shapes(model) is None
-    _carry_out(model, plan, found, example_inputs, set_shapes=set_shapes)
-    Handle.attach(model, plan, set_shapes)
+    seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
+    plan = make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
+    if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
+        warn_if_trained(model)
+    _carry_out(model, plan, seen)
+    return plan
+
+
+def apply(model: nn.Module, plan: Plan) -> Plan:
+    """Carries a plan out on a freshly initialized model, in place: values are scaled, multipliers hung, rates known.
+
+    Between planning and applying the model may be materialised, initialized and sharded (FSDP2, tensor parallel).
+    Unlike `parametrize` it does not measure the branches, since it runs nothing.
+
+    Args:
+        model: the model that was planned, or one of the same parameters; not scaled before.
+        plan: from `plan`.
+
+    Returns:
+        The plan with the factors on the values that were found, which `plan_of` finds again.
+
+    >>> import torch, torch_depthmup as dm
+    >>> with torch.device("meta"):
+    ...     model, x = torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(8)]), torch.ones(1, 8)
+    >>> plan = dm.plan(model, depth_multiplier=4, example_inputs=x)
+    >>> model = model.to_empty(device="cpu")  # and initialize it
+    >>> dm.apply(model, plan) == dm.plan_of(model)
+    True
+
+    Raises:
+        PlanError: the plan is another model's, the model was scaled before, or it is on ``meta``.
+    """
+    model = _checked(model, plan.how)
+    _refuse_another_plan(model, plan)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError("the model is on the meta device: materialise and initialise it, then call dm.apply")
+    plan = resolve(plan, model) if any(entry.scale is None for entry in plan.entries) else plan
+    _carry_out(model, plan, None)
+    return plan
+
+
+def attach(model: nn.Module, plan: Plan, *, rates_only: bool = False) -> Plan:
+    """Makes a plan known for a model whose values are left alone: resumed, loaded, or fine-tuned.
+
+    Args:
+        model: a model with the parameters that the plan names.
+        plan: from `plan_of`, `plan`, or `Plan.from_json`.
+        rates_only: the values do not contain the plan's multipliers (a model that was trained without it): nothing is
+            hung on modules, and learning rates are not made up for multipliers that are not there.
+
+    Returns:
+        The plan that `plan_of` now finds.
+
+    Raises:
+        PlanError: the plan is another model's, or the model has a plan.
+    """
+    model = _checked(model, plan.how)
+    _refuse_another_plan(model, plan)
+    if rates_only:
+        plain = tuple(replace(entry, folded=1.0, scale=1.0) for entry in plan.entries)
+        plan = replace(plan, entries=plain, hooks=())
+    hang(model, plan.hooks)
+    Handle.attach(model, plan, False)
     return plan
 
 
 def _checked(model: nn.Module, how: str) -> nn.Module:
+    """The user's own module, refused where nothing can be carried out on it."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"parametrize takes an nn.Module, not {type(model).__name__}")
     if how not in ("fold", "wrap"):
@@ -119,87 +164,89 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
             f"{done[0] or type(model).__name__} was parametrized before: its branches are already scaled. Call "
             "dm.undo(model) first, or build a fresh model"
         )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise PlanError(f"{name} is not initialized yet (a lazy module). Run the model once first")
-        if is_sharded(parameter):
-            raise PlanError(f"{name} is sharded. Call parametrize on the whole model first and shard it after that")
-        if parameter.is_meta:
-            raise PlanError(
-                f"{name} is on the meta device: there are no values to scale or to measure. Call dm.find_branches to "
-                "look at the branches; materialise and initialise the model, then call parametrize"
-            )
+    refuse_shared_with_others(model)
     return model
 
 
-def _streams(
-    model: nn.Module,
-    found: Trace,
-    base: nn.Module | None,
-    depth_multiplier: float | None,
-    inputs: Any,
-    rule: Rule,
-    options: dict[str, Any],
-) -> tuple[Stream, ...]:
-    if base is None or not rule.scales_depth:
-        return streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
-    base = unwrap(base)
-    with widths.shaped(base):
-        small = trace(base, inputs, **options).branches
-    streams = match_streams(found.branches, small)
-    warn_of_shrinking(model, found.branches, base, small, streams, rule)
-    return streams
+def _refuse_without_values(name: str, parameter: Tensor) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise PlanError(f"{name} is not initialized yet (a lazy module). Run the model once first")
+    if is_sharded(parameter):
+        raise PlanError(
+            f"{name} is sharded. Call parametrize on the whole model first and shard it after that, or "
+            "dm.plan(model on meta, ...) and dm.apply(sharded model, plan)"
+        )
+    if parameter.is_meta:
+        raise PlanError(
+            f"{name} is on the meta device: there are no values to scale or to measure. Call dm.plan(model, ...), "
+            "materialise and initialise the model, then call dm.apply(model, plan)"
+        )
 
 
-def _widths(
-    model: nn.Module, base: nn.Module | None, rule: Rule
-) -> tuple[Mapping[str, Width] | None, dict[str, float], dict[str, float]]:
-    """Each parameter's width, and what width changes: scales at initialization, multipliers of readouts."""
-    if not rule.width:
-        return None, {}, {}
-    known = widths.from_base_shapes(model)
-    if known is not None or base is None:
-        return known, {}, {}
-    matched = widths.match(model, unwrap(base))
-    if matched is None:
-        return None, {}, {}
-    return matched, widths.initial_scales(model, matched), widths.readout_multipliers(model, matched)
+def _refuse_another_plan(model: nn.Module, plan: Plan) -> None:
+    names = {normalise_name(name) for name, _ in model.named_parameters()}
+    planned = {normalise_name(entry.name) for entry in plan.entries}
+    if names != planned:
+        unlike = sorted(names ^ planned)
+        raise PlanError(
+            f"the plan was made for another model: only one of the two has {', '.join(unlike[:3])}"
+            f"{', ...' if len(unlike) > 3 else ''}. Plan this model, dm.plan(model, ...)"
+        )
 
 
-def _carry_out(model: nn.Module, plan: Plan, found: Trace, inputs: Any, *, set_shapes: bool) -> None:
-    """Scales values and adds hooks, measures the branches, and puts everything back if anything is wrong."""
-    parameters = dict(model.named_parameters())
-    depth = {name: plan.branch_multiplier(b) for b in plan.branches for name in b.carrier if plan.how == "fold"}
-    width = {e.name: e.scale / depth.get(e.name, 1.0) for e in plan.entries}
-    touched = [name for name in parameters if width[name] != 1.0 or depth.get(name, 1.0) != 1.0]
-    multipliers = [plan.branch_multiplier(branch) for branch in plan.branches]
-    with _restored_on_error(model, {name: parameters[name] for name in touched}), torch.no_grad():
+def _carry_out(model: nn.Module, plan: Plan, seen: Seen | None) -> None:
+    """Scales values and adds hooks, measures the branches if they were seen, and puts everything back on failure."""
+    parameters = {normalise_name(name): parameter for name, parameter in model.named_parameters()}
+    carriers = {name: p.supplied for p in plan.planned_branches for name in p.branch.carrier if plan.how == "fold"}
+    scales = {e.name: 1.0 if e.scale is None else e.scale for e in plan.entries}
+    touched = {
+        name: parameters[normalise_name(name)] for name, scale in scales.items() if scale != 1.0 or name in carriers
+    }
+    has_widths = any(entry.width is not None for entry in plan.entries)
+    set_shapes = has_widths and widths.from_base_shapes(model) is None
+    supplied = [branch.supplied for branch in plan.planned_branches]
+    with _restored_on_error(model, touched), torch.no_grad():
         if set_shapes:
-            widths.set_shapes(model, {entry.name: entry.width for entry in plan.entries if entry.width})
-        for name in touched:
-            parameters[name].mul_(width[name])
-        if all(m == 1.0 for m in multipliers):
-            return
-        with filled(parameters.values()):
-            before = measured(model, inputs, found)
-            with _scaled([(parameters[name], m) for name, m in depth.items()]), hooked(model, plan, found):
-                check_branches(model, inputs, found, before, multipliers)
-                wrong = differing_output(model, inputs, found, before)
-            if wrong:
-                raise MeasurementError(_reaches_elsewhere(model, plan, found, inputs, before, wrong))
-        for name, m in depth.items():
-            parameters[name].mul_(m)
-        hang(model, plan, found)
+            widths.set_shapes(model, {normalise_name(e.name): e.width for e in plan.entries if e.width})
+        if seen is not None and any(factor != 1.0 for factor in supplied):
+            unscaled = {name: parameter.detach().clone() for name, parameter in touched.items()}
+            for name, parameter in touched.items():
+                parameter.mul_(scales[name] / carriers.get(name, 1.0))
+            with filled(parameters.values()):
+                _measure(model, plan, seen, {name: (touched[name], m) for name, m in carriers.items()})
+            for name, value in unscaled.items():
+                touched[name].copy_(value)
+        for name, parameter in touched.items():
+            parameter.mul_(scales[name])
+        hang(model, plan.hooks)
+        Handle.attach(model, plan, set_shapes)
 
 
-def _reaches_elsewhere(model: nn.Module, plan: Plan, found: Trace, inputs: Any, before: Measured, output: str) -> str:
+def _measure(model: nn.Module, plan: Plan, seen: Seen, carriers: Mapping[str, tuple[Tensor, float]]) -> None:
+    """Measures that the multipliers do to branches and outputs what they should, and takes them off again."""
+    supplied = [branch.supplied for branch in plan.planned_branches]
+    hung = [hook for hook in plan.hooks if hook.branch is not None]
+    before = measured(model, seen.inputs, seen.found)
+    with _scaled(list(carriers.values())), hooked(model, hung):
+        check_branches(model, seen.inputs, seen.found, before, supplied)
+        wrong = differing_output(model, seen.inputs, seen.found, before)
+    if wrong:
+        raise MeasurementError(_reaches_elsewhere(model, plan, seen, before, carriers, wrong))
+
+
+def _reaches_elsewhere(
+    model: nn.Module,
+    plan: Plan,
+    seen: Seen,
+    before: Measured,
+    carriers: Mapping[str, tuple[Tensor, float]],
+    output: str,
+) -> str:
     """What to say of a network whose branches are right and whose outputs are not: the first branch that does it."""
-    parameters = dict(model.named_parameters())
     for i, branch in enumerate(plan.branches):
-        m = plan.branch_multiplier(branch)
-        alone = [(parameters[name], m) for name in branch.carrier if plan.how == "fold"]
-        with _scaled(alone), hooked(model, plan, found, only=i):
-            reached = differing_output(model, inputs, found, before)
+        alone = [carriers[name] for name in branch.carrier if name in carriers]
+        with _scaled(alone), hooked(model, [hook for hook in plan.hooks if hook.branch == i]):
+            reached = differing_output(model, seen.inputs, seen.found, before)
         if reached:
             carrier = f" {', '.join(branch.carrier)}" if plan.how == "fold" else ""
             pattern = without_numbers(branch.name).replace("#", "*") or "*"
@@ -267,11 +314,10 @@ def undo(model: nn.Module) -> None:
     with torch.no_grad():
         for entry in handle.plan.entries:
             parameter = parameters[entry.name]
-            if entry.scale != 1.0:
+            if entry.scale is not None and entry.scale != 1.0:
                 wide = parameter.double() if parameter.device.type != "mps" else parameter.float()
                 parameter.copy_(wide / entry.scale)
     if handle.set_shapes:
         widths.clear_shapes(owner)
     take_off(owner)
-    del vars(owner)[ATTRIBUTE]
-    Handle.alive.discard(owner)
+    forget(owner)

@@ -1,101 +1,189 @@
-"""Whether an initialization has scaled the residual branches with depth before a rule does.
+"""The sizes that values start with, beside those of the base, and what they should be.
 
-GPT-2, nanoGPT and Megatron start the last weights of a branch smaller by the root of the number of layers. A multiplier
-that is measured to be right then comes on top of another one.
+A library may start every matrix at 0.02, by fan-in, or smaller in deep networks. With the base at hand none of this has
+to be known: a hidden weight should start at the base's size times width_mult ** -1/2, everything else at the base's
+size, and a depth factor that the branch has already is a part of its multiplier.
+
+Sizes are root mean squares. They are random, so a ratio is taken for the likeliest powers of the width and the depth
+multiplier from which it differs by no more than chance, and for what it is where there are none.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from torch_depthmup.rules import Rule
-from torch_depthmup.running import without_numbers
-from torch_depthmup.scaling.plan import Stream
-from torch_depthmup.tracing.branches import Branch
+from torch_depthmup.scaling.plan import InitialSize
+from torch_depthmup.scaling.verify import filled
+from torch_depthmup.tracing.branches import Trace
+from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["depth_exponent", "warn_of_shrinking"]
+__all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest"]
 
-DEEPER = 1.5  # depth ratios below this say nothing about exponents
-ERROR = 0.08  # of an exponent from random entries: three of these lie between 0 and what counts as shrinking
-SHRINKS = -0.25  # halfway between an initialization that does not know the depth and one that divides by its root
+SURE = 4.0  # standard errors by which a size must miss a power before it is taken for another
+LEAST = 0.03  # spread of branch sizes that is always there, in units of them: networks are of finite width
+SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ
+RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
+POWERS = (
+    ((0.0, 0.0),),
+    tuple(itertools.product((0.0, -0.5, 0.5), (0.0, 0.5))),
+    tuple(itertools.product((0.0, -0.5, 0.5, -1.0, 1.0), (0.0, 0.25, 0.5, 1.0, -0.25, -0.5))),
+)
+"""Exponents in the width and the depth multiplier of what a size lacks, the likely ones first: nothing; what one
+standard deviation for all widths, or fan-in where a size should be fixed, lacks, and GPT-2's depth factor; others."""
 
 
-def warn_of_shrinking(
-    model: nn.Module,
-    branches: Sequence[Branch],
-    base: nn.Module,
-    base_branches: Sequence[Branch],
-    streams: Sequence[Stream],
-    rule: Rule,
-) -> None:
-    """Warns, from the caller's caller, where the carriers of a stream start smaller than its base's.
+def default_bounds(model: nn.Module) -> dict[str, float]:
+    """1 / sqrt(fan_in) of linear, convolution and recurrent layers: the bound of PyTorch's default initialization."""
+    bounds = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | _ConvNd):
+            fan_in = module.weight[0].numel() if module.weight.ndim > 1 else 0
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            fan_in = module.hidden_size
+        else:
+            continue
+        for own, _ in module.named_parameters(recurse=False):
+            bounds[f"{name}.{own}".lstrip(".")] = max(fan_in, 1) ** -0.5
+    return bounds
+
+
+def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize | None:
+    """The size of a freshly initialized parameter, or ``None`` on ``meta``; works on sharded parameters.
+
+    Args:
+        parameter: any shape.
+        bound: of PyTorch's default initialization. Values that look uniform up to it have its size, without an error.
+    """
+    if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
+        return None
+    values = parameter.detach()
+    size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
+    largest, smallest = _number(values.max()), _number(values.min())
+    if largest == smallest or size == 0:  # gains at 1, biases at 0
+        return InitialSize(size, 0.0)
+    if bound is not None and max(largest, -smallest) <= bound * 1.01:
+        uniform = bound / math.sqrt(3)
+        if abs(size / uniform - 1) < SURE * math.sqrt(0.2 / values.numel()):  # variance of a uniform value's square
+            return InitialSize(uniform, 0.0)
+    return InitialSize(size, math.sqrt(0.5 / values.numel()))  # of the log size of normal values
+
+
+def _number(value: Tensor) -> float:
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+
+
+def simplest(ratio: float, error: float, width_multiplier: float, depth_multiplier: float) -> tuple[float, float]:
+    """A ratio as a factor from width and one from depth: the likeliest powers that it may be, or the ratio itself.
+
+    Args:
+        ratio: measured, positive.
+        error: standard error of its logarithm.
+        width_multiplier: width over that of the base.
+        depth_multiplier: depth over that of the base.
+    """
+    tolerance = SURE * error + RELATIVE
+    width, depth = math.log(width_multiplier), math.log(depth_multiplier)
+    for powers in POWERS:
+        distance, a, b = min((abs(math.log(ratio) - a * width - b * depth), a, b) for a, b in powers)
+        if distance <= tolerance:
+            return width_multiplier**a, depth_multiplier**b
+    return (ratio, 1.0) if width_multiplier != 1 else (1.0, ratio)
+
+
+def correction(
+    pairs: Iterable[tuple[InitialSize | None, InitialSize | None]], width_multiplier: float, depth_multiplier: float
+) -> tuple[float, float]:
+    """The factors for width and for depth that take the parameters of one kind to the sizes that they should have.
+
+    Args:
+        pairs: for each parameter the size that it should have and the one that it has; ``None`` is not known.
+        width_multiplier: of these parameters.
+        depth_multiplier: of their stream, or of the network's.
+    """
+    known = [(w, h) for w, h in pairs if w is not None and h is not None and w.size > 0 and h.size > 0]
+    if not known or width_multiplier == depth_multiplier == 1:
+        return 1.0, 1.0
+    # Several parameters of the model may be compared with one of the base, which counts once.
+    (wanted, wanted_error), (has, has_error) = _mean({w for w, _ in known}), _mean([h for _, h in known])
+    error = math.hypot(wanted_error, has_error)
+    return simplest(math.exp(wanted - has), error, width_multiplier, depth_multiplier)
+
+
+def _mean(sizes: Collection[InitialSize]) -> tuple[float, float]:
+    """The mean of log sizes, and its standard error."""
+    mean = sum(math.log(size.size) for size in sizes) / len(sizes)
+    return mean, math.hypot(*(size.error for size in sizes)) / len(sizes)
+
+
+def relative_sizes(
+    model: nn.Module, inputs: Any, found: Trace, scales: Mapping[str, float] | None = None
+) -> dict[int, float]:
+    """How large each branch's value is beside what it is added to, when no branch is added.
+
+    So every branch of a stream takes what the skips alone hand on, however deep the network is. Parameters that are
+    zero throughout have temporary values. A branch whose addition is out of Python's sight has no number.
 
     Args:
         model: freshly initialized.
-        branches: of the model.
-        base: freshly initialized too, or on ``meta``, which has no sizes.
-        base_branches: of the base.
-        streams: the model's, in the order of their numbers.
-        rule: what is about to be carried out.
+        inputs: example inputs.
+        found: its trace.
+        scales: temporary factors on parameters.
     """
-    ours, theirs = dict(model.named_parameters()), dict(base.named_parameters())
-    for number, stream in enumerate(streams):
-        if not rule.alpha or stream.depth_multiplier < DEEPER:
-            continue
-        kinds, base_kinds = _kinds(branches, number, ours), _kinds(base_branches, number, theirs)
-        for kind in (kind for kind in kinds if kind in base_kinds):
-            exponent = depth_exponent(list(kinds[kind].values()), list(base_kinds[kind].values()), stream)
-            if exponent < SHRINKS:
-                _warn(next(iter(kinds[kind])), exponent, rule, stream)
-                break  # once is enough
+    sizes: dict[int, float] = {}
+
+    def visit(branch: int, value: Tensor, skip: Tensor) -> Tensor:
+        beside = float(skip.float().square().mean().sqrt())
+        size = float(value.float().square().mean().sqrt())
+        if beside > 0 and math.isfinite(size / beside) and size > 0:
+            sizes[branch] = size / beside
+        return torch.zeros_like(value)
+
+    inside = {name for branch in found.branches for name in (*branch.inner, *branch.outer)}
+    parameters = dict(model.named_parameters())
+    changed = [(parameters[name], factor) for name, factor in (scales or {}).items() if factor != 1.0]
+    saved = [parameter.detach().clone() for parameter, _ in changed]
+    with torch.no_grad(), filled(parameters[name] for name in parameters if name in inside):
+        try:
+            for parameter, factor in changed:
+                parameter.mul_(factor)
+            run_metered(model, inputs, Meter(found, visit))
+        finally:
+            for (parameter, _), value in zip(changed, saved, strict=True):
+                parameter.copy_(value)
+    return sizes
 
 
-def _warn(name: str, exponent: float, rule: Rule, stream: Stream) -> None:
-    multiplier = f"{rule.branch_multiplier(stream.depth_multiplier):.3g}"
-    warnings.warn(
-        f"{name}: its initial size falls with depth already, as depth^{exponent:.2f} from the base's (GPT-2's "
-        f"initialization does so), and {rule.name}'s multiplier {multiplier} comes on top: branches start smaller than "
-        "the rule says. Initialise them alike at every depth, then parametrize",
-        UserWarning,
-        stacklevel=5,
-    )
-
-
-def depth_exponent(carriers: Sequence[Tensor], base_carriers: Sequence[Tensor], stream: Stream) -> float:
-    """With which power of depth initial carriers grow from those of the base: 0 where depth was not thought of.
+def forward_factor(sizes: Sequence[float], base_sizes: Sequence[float], depth_multiplier: float) -> float:
+    """The factor that the forward pass of a deep network has on one kind of branch, relative to its base.
 
     Args:
-        carriers: of a stream and of one kind, any shapes. Fan-in initialization of matrices does not count as a change
-            with width.
-        base_carriers: of the same stream and kind in the base.
-        stream: deeper than its base.
+        sizes: of the branches of this kind beside their skips, from `relative_sizes`.
+        base_sizes: of those of the base.
+        depth_multiplier: additions over those of the base.
 
     Returns:
-        The exponent; nan where carriers start at zero, have no values, or too few random ones to tell.
+        A power of the depth multiplier, 1 where the sizes do not tell.
     """
-    levels, variance = [], 0.0
-    for group in (carriers, base_carriers):
-        if not group or any(carrier.is_meta for carrier in group):
-            return math.nan
-        sizes = [float(c.detach().float().norm()) / c.numel() ** (0.25 if c.ndim > 1 else 0.5) for c in group]
-        if min(sizes) == 0:
-            return math.nan
-        levels.append(sum(map(math.log, sizes)) / len(sizes))
-        if group[0].ndim > 1:  # gains start at one and the same value
-            variance += 1 / (2 * sum(carrier.numel() for carrier in group))  # of the log size of normal entries
-    if math.sqrt(variance) > ERROR * math.log(stream.depth_multiplier):
-        return math.nan
-    return (levels[0] - levels[1]) / math.log(stream.depth_multiplier)
-
-
-def _kinds(branches: Sequence[Branch], stream: int, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Carriers by their names without numbers; no biases, which start small or at zero of themselves."""
-    kinds: dict[str, dict[str, Tensor]] = {}
-    for name in (name for branch in branches if branch.stream == stream for name in branch.carrier):
-        if name in parameters and not name.endswith("bias"):
-            kinds.setdefault(without_numbers(name), {})[name] = parameters[name]
-    return kinds
+    if not sizes or not base_sizes:
+        return 1.0
+    logs = [list(map(math.log, group)) for group in (sizes, base_sizes)]
+    means = [sum(group) / len(group) for group in logs]
+    spread = [sum((x - mean) ** 2 for x in group) for group, mean in zip(logs, means, strict=True)]
+    free = max(len(logs[0]) + len(logs[1]) - 2, 1)
+    deviation = max(math.sqrt(sum(spread) / free), LEAST)
+    error = deviation * math.sqrt(sum(1 / len(group) for group in logs))
+    difference = means[0] - means[1]
+    # Halfway between two exponents of the table lies what counts as the other one.
+    step = math.log(depth_multiplier) / 4
+    if abs(difference) < max(step / 2, SIGNIFICANT * error):
+        return 1.0
+    exponent = round(difference / step) / 4
+    near = abs(difference - 4 * exponent * step) <= SIGNIFICANT * error + RELATIVE
+    return depth_multiplier**exponent if near else math.exp(difference)

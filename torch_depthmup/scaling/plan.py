@@ -15,10 +15,21 @@ from torch_depthmup.running import normalise_name
 from torch_depthmup.tables import Table, columns, fold_names
 from torch_depthmup.tracing.branches import Branch
 
-__all__ = ["How", "Plan", "PlannedParameter", "Stream", "branch_rows", "parameter_rows", "table"]
+__all__ = [
+    "Hook",
+    "How",
+    "InitialSize",
+    "Plan",
+    "PlannedBranch",
+    "PlannedParameter",
+    "Stream",
+    "branch_rows",
+    "parameter_rows",
+    "table",
+]
 
 How = Literal["fold", "wrap"]
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,18 +51,76 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class PlannedBranch:
+    """A branch with its multiplier, and what of it is there already.
+
+    Args:
+        branch: what was found.
+        multiplier: the factor m on the branch's value that the rule asks for, relative to the base.
+        initial: the factor that its last weights were initialized with, relative to the base, as in GPT-2. It is taken
+            out of their values when the multiplier comes in.
+        forward: the factor that the forward pass has already, relative to the base, as in ``x + f(x) / sqrt(L)``.
+    """
+
+    branch: Branch
+    multiplier: float
+    initial: float = 1.0
+    forward: float = 1.0
+
+    @property
+    def supplied(self) -> float:
+        """The factor that the forward pass lacks: folded into the branch's carrier, or hung on a module."""
+        return 1.0 if self.forward == self.multiplier else self.multiplier / self.forward
+
+
+@dataclass(frozen=True)
+class InitialSize:
+    """A root mean square that values start with.
+
+    Args:
+        size: the root mean square.
+        error: standard error of its logarithm, since the values are random.
+    """
+
+    size: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A multiplier on what a module returns: of a branch under ``how="wrap"``, or of a readout with shared weights.
+
+    Args:
+        module: its name.
+        output: which element to multiply where it returns a tuple; of a single tensor, 0.
+        multiplier: the factor.
+        branch: index of the branch that it multiplies (of the first, where one module returns several), or ``None`` for
+            a readout.
+    """
+
+    module: str
+    output: int
+    multiplier: float
+    branch: int | None = None
+
+
+@dataclass(frozen=True)
 class PlannedParameter:
     """What a plan says of one parameter.
 
     Args:
         name: the parameter's name in the model.
-        role: ``"outside"`` of every branch, ``"inner"`` or ``"outer"``.
+        role: ``"outside"`` of every branch, ``"inner"``, ``"outer"``, or ``"trunk"``.
         branch: name of its branch, or ``None``.
         depth_multiplier: that of its stream; 1 outside.
-        folded: the forward multiplier that its value now contains, 1 where there is none.
-        scale: the factor on its value at initialization.
+        folded: the forward multiplier that its value contains once the plan is carried out, 1 where there is none.
+        scale: the factor on its value at initialization; ``None`` where the model had no values when it was planned
+            (on ``meta``), so that `apply` finds it.
         width: its dimensions beside its base's, or ``None`` without width scaling.
         reason: the role in words.
+        initial: the size that its value should start with, before ``folded``; ``None`` where the base does not tell.
+        kind: what parameters that are compared with the same of the base share; empty without a base.
+        scale_reason: the factor on its value in words; empty where that is 1.
     """
 
     name: str
@@ -59,9 +128,12 @@ class PlannedParameter:
     branch: str | None
     depth_multiplier: float
     folded: float
-    scale: float
+    scale: float | None
     width: Width | None
     reason: str
+    initial: InitialSize | None = None
+    kind: str = ""
+    scale_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,13 +142,25 @@ class Plan:
 
     ``print(plan)`` gives a table; `explain` a parameter's story; `multipliers` its numbers; `to_json` and `from_json`
     carry a plan between runs.
+
+    >>> import torch, torch_depthmup as dm
+    >>> blocks = [dm.Residual(torch.nn.Linear(8, 8)) for _ in range(4)]
+    >>> plan = dm.plan(torch.nn.Sequential(*blocks), depth_multiplier=4, example_inputs=torch.ones(1, 8))
+    >>> plan["0.branch.weight"].scale, plan.multipliers("0.branch.weight", "adamw").lr
+    (0.5, 0.25)
     """
 
     rule: Rule
     how: How
     streams: tuple[Stream, ...]
-    branches: tuple[Branch, ...]
+    planned_branches: tuple[PlannedBranch, ...]
     entries: tuple[PlannedParameter, ...]
+    hooks: tuple[Hook, ...] = ()
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches as they were found."""
+        return tuple(planned.branch for planned in self.planned_branches)
 
     @cached_property
     def parameters(self) -> Mapping[str, PlannedParameter]:
@@ -88,7 +172,7 @@ class Plan:
         return {normalise_name(entry.name): entry for entry in self.entries}
 
     def branch_multiplier(self, branch: Branch) -> float:
-        """The factor m on the branch's value."""
+        """The factor m on the branch's value that the rule asks for; part of it may be there already."""
         return self.rule.branch_multiplier(self.streams[branch.stream].depth_multiplier)
 
     def __getitem__(self, name: str) -> PlannedParameter:
@@ -134,15 +218,19 @@ class Plan:
         """
         entry = self[name]
         lines = [f"{entry.name}: {entry.role}", f"  {entry.reason}"]
-        if entry.scale != 1.0:
-            lines.append(f"  its value at initialization is multiplied by {entry.scale:.6g}")
+        if entry.scale is None:
+            lines.append("  its value at initialization is multiplied by what dm.apply finds, once it has values")
+        elif entry.scale != 1.0 or entry.scale_reason:
+            reason = f": {entry.scale_reason}" if entry.scale_reason else ""
+            lines.append(f"  its value at initialization is multiplied by {entry.scale:.6g}{reason}")
         if entry.folded != 1.0:
             lines.append(
                 f"  it contains a forward multiplier of {entry.folded:.6g}; the numbers below make up for that"
             )
-        if entry.width is not None and entry.width.infinite:
+        if entry.width is not None and entry.width.widths:
             lines.append(
-                f"  width: shape {entry.width.dims}, base {entry.width.base}, {entry.width.multiplier:g} x base"
+                f"  width ({entry.width.kind}): shape {entry.width.dims}, base {entry.width.base}, "
+                f"width_mult {entry.width.multiplier:g}"
             )
         for family in ("sgd", "adam", "adamw"):
             m = self.multipliers(entry.name, family)
@@ -168,25 +256,29 @@ class Plan:
                 rule=Rule(**data["rule"]),
                 how=data["how"],
                 streams=tuple(Stream(**stream) for stream in data["streams"]),
-                branches=tuple(Branch(**{k: _tuples(v) for k, v in branch.items()}) for branch in data["branches"]),
-                entries=tuple(
-                    PlannedParameter(**{**entry, "width": _width(entry["width"])}) for entry in data["entries"]
-                ),
+                planned_branches=tuple(_planned_branch(branch) for branch in data["planned_branches"]),
+                entries=tuple(_planned_parameter(entry) for entry in data["entries"]),
+                hooks=tuple(Hook(**hook) for hook in data["hooks"]),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a plan written by Plan.to_json: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-
         return table(self)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _planned_branch(data: dict[str, Any]) -> PlannedBranch:
+    branch: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data["branch"].items()
+    }
+    return PlannedBranch(**{**data, "branch": Branch(**branch)})
 
 
-def _width(data: dict[str, Any] | None) -> Width | None:
-    return None if data is None else Width(tuple(data["dims"]), tuple(data["base"]), data["main"])
+def _planned_parameter(data: dict[str, Any]) -> PlannedParameter:
+    width, initial = data["width"], data["initial"]
+    if width is not None:
+        width = Width(**{**width, "dims": tuple(width["dims"]), "base": tuple(width["base"])})
+    return PlannedParameter(**{**data, "width": width, "initial": initial and InitialSize(**initial)})
 
 
 def table(plan: Plan) -> str:
@@ -200,25 +292,38 @@ def table(plan: Plan) -> str:
             f"stream {i}: {stream.additions} additions, {stream.base_additions} in the base, depth multiplier "
             f"{stream.depth_multiplier:g}, branch multiplier {m:.4g}"
         )
+    lines += [
+        f"a readout has shared weights: {hook.module or 'the model'} is multiplied by {hook.multiplier:.4g}"
+        for hook in plan.hooks
+        if hook.branch is None
+    ]
     return "\n".join([*lines, "", *columns(*branch_rows(plan)), "", *columns(*parameter_rows(plan))])
 
 
 def branch_rows(plan: Plan) -> Table:
     """The plan's branches, repeated blocks folded."""
     branches: dict[str, tuple[str, ...]] = {
-        b.name: (f"{b.stream}", b.skip, f"{b.levels}", f"{plan.branch_multiplier(b):.4g}") for b in plan.branches
+        p.branch.name: (
+            f"{p.branch.stream}",
+            p.branch.skip,
+            f"{p.branch.levels}",
+            f"{p.multiplier:.4g}",
+            f"{p.initial * p.forward:.4g}",
+        )
+        for p in plan.planned_branches
     }
-    return ("branch", "stream", "skip", "levels", "multiplier"), fold_names(branches)
+    return ("branch", "stream", "skip", "levels", "multiplier", "there"), fold_names(branches)
 
 
 def parameter_rows(plan: Plan) -> Table:
     """The plan's parameters with their multipliers, repeated blocks folded."""
     rows = {}
     for entry in plan.entries:
+        value = "at apply" if entry.scale is None else f"{entry.scale:.4g}"
         try:
             sgd, adam, adamw = (plan.multipliers(entry.name, family) for family in ("sgd", "adam", "adamw"))
             numbers = (sgd.lr, sgd.weight_decay, adam.lr, adamw.weight_decay, adam.eps)
-            rows[entry.name] = (entry.role, f"{entry.scale:.4g}", *(f"{number:.4g}" for number in numbers))
+            rows[entry.name] = (entry.role, value, *(f"{number:.4g}" for number in numbers))
         except DepthMuPError:  # more widths than mup knows: the optimizer will refuse, the table still prints
-            rows[entry.name] = (entry.role, f"{entry.scale:.4g}", *["-"] * 5)
+            rows[entry.name] = (entry.role, value, *["-"] * 5)
     return ("parameter", "role", "value", "SGD lr", "SGD wd", "Adam lr", "AdamW wd", "Adam eps"), fold_names(rows)

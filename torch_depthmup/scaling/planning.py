@@ -1,151 +1,267 @@
-"""Traced branches and a base -> a plan; and the refusals where none can be made."""
+"""Traced branches and a base -> a plan. Changes nothing, and works on ``meta``."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from torch_depthmup.errors import PlanError
-from torch_depthmup.rules import Role, Rule, Width
-from torch_depthmup.running import without_numbers
-from torch_depthmup.scaling.plan import How, Plan, PlannedParameter, Stream
-from torch_depthmup.tracing.branches import Branch, Trace, roles
+from torch_depthmup.rules import Role, Rule, Width, get_rule
+from torch_depthmup.running import normalise_name, unwrap, without_numbers
+from torch_depthmup.scaling import hooks, refusals
+from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.initialization import (
+    correction,
+    default_bounds,
+    forward_factor,
+    initial_size,
+    relative_sizes,
+)
+from torch_depthmup.scaling.matching import counterparts
+from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
+from torch_depthmup.scaling.streams import match_streams, streams_at
+from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
+from torch_depthmup.tracing.census import check_census
 
-__all__ = ["make_plan", "match_streams", "streams_at"]
+__all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
-WHOLE = 0.01  # how far from a whole number the base's additions may come out: multipliers are written rounded
+Initialization = Literal["base", "keep"]
+NOTABLE = 0.05  # relative distance from its size at which "keep" warns
 
 
-def streams_at(branches: Sequence[Branch], depth_multiplier: float | None) -> tuple[Stream, ...]:
-    """The streams with one depth multiplier for all of them; ``None`` is 1.
+@dataclass(frozen=True)
+class Seen:
+    """A model and one forward pass of it; an empty trace where there are no example inputs."""
+
+    model: nn.Module
+    inputs: Any
+    found: Trace = field(default_factory=Trace)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether every parameter is on a real device."""
+        return not any(parameter.is_meta for parameter in self.model.parameters())
+
+
+def plan(
+    model: nn.Module,
+    *,
+    base: nn.Module | None = None,
+    depth_multiplier: float | None = None,
+    example_inputs: Any = None,
+    rule: str | Rule = "depth-mup-corrected",
+    how: How = "fold",
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+    initialization: Initialization = "base",
+) -> Plan:
+    """The plan that `parametrize` would carry out. Changes nothing, and works on ``meta``; arguments as there.
+
+    On ``meta`` a model has no values, so the plan says which sizes they should start with, and `apply` scales them once
+    the model has been materialised and initialized. What the forward pass has already
+    of a multiplier cannot be seen there.
+
+    >>> import torch, torch_depthmup as dm
+    >>> def network(depth):
+    ...     return torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(depth)])
+    >>> with torch.device("meta"):
+    ...     deep, x = network(8), torch.ones(1, 8)
+    >>> dm.plan(deep, base=network(2), example_inputs=x)["7.branch.weight"].folded
+    0.5
 
     Raises:
-        PlanError: it is not a finite number of at least 1, or a stream's additions are not a multiple of it.
+        PlanError: model, base and rule do not give a plan.
+        TracingError: the branches cannot be read off the forward pass; AmbiguousBranchError names one.
     """
-    additions = {branch.stream: branch.additions for branch in branches}
-    multiplier = 1.0 if depth_multiplier is None else depth_multiplier
-    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
-        raise PlanError(f"depth_multiplier must be a number, the depth over that of the base, not {multiplier!r}")
-    if multiplier < 1:
+    options = {"include": include, "exclude": exclude, "branches": branches}
+    seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
+    return make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
+
+
+def look(
+    model: nn.Module,
+    base: nn.Module | None,
+    depth_multiplier: float | None,
+    inputs: Any,
+    rule: Rule,
+    options: Mapping[str, Any],
+) -> tuple[Seen, Seen | None]:
+    """Model and base, each with a forward pass; arguments as `plan`'s."""
+    if base is not None and depth_multiplier is not None:
+        raise PlanError("pass base=small_model or depth_multiplier=number, not both")
+    if rule.scales_depth and inputs is None:
+        raise PlanError("branches are found by running the model once: pass example_inputs=, a small batch will do")
+    if rule.scales_depth and base is None and depth_multiplier is None:
         raise PlanError(
-            f"depth_multiplier must be at least 1, not {multiplier!r}: it is the model's depth over that of the base, "
-            "which is the shallow model one tunes on"
+            f"rule {rule.name!r} scales relative to a base: pass base=small_model, or depth_multiplier=<depth "
+            "over that of the base> (1 for the base itself)"
         )
-    for stream, count in sorted(additions.items()):
-        base = count / multiplier
-        if round(base) < 1 or abs(base - round(base)) > WHOLE * round(base):
-            raise PlanError(
-                f"stream {stream} has {count} residual additions, and depth_multiplier={multiplier:g} would give "
-                f"{base:.3g} in the base. Pass the shallow model itself, base=small_model, with at least one residual "
-                "block in every stage"
-            )
-    return tuple(Stream(count, float(multiplier)) for _, count in sorted(additions.items()))
-
-
-def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[Stream, ...]:
-    """The streams beside those of a base model.
-
-    Raises:
-        PlanError: the base has other streams or other kinds of branches, or is deeper.
-    """
-    if not base:
-        raise PlanError("the base model has no residual branches. Pass the shallow model of the same family")
-    ours, theirs = _kinds(branches), _kinds(base)
-    if len(ours) != len(theirs):
+    seen = _seen(unwrap(model), inputs, options)
+    if rule.scales_depth and not seen.found.branches:
         raise PlanError(
-            f"the model has {len(ours)} residual streams and the base {len(theirs)}: another family. Build both with "
-            "the same code, so that every stage has at least one residual block in the base"
+            f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
+            "whose output is added to the skip>'], or write rule='mup'"
         )
-    streams = []
-    for i, (kinds, base_kinds) in enumerate(zip(ours, theirs, strict=True)):
-        if {kind[1:] for kind in kinds} != {kind[1:] for kind in base_kinds} or not kinds & base_kinds:
-            unlike = sorted(f"{name or 'root'} ({levels} levels)" for name, levels in kinds ^ base_kinds)
-            raise PlanError(f"stream {i}: the base is of another family; only one of the two has {', '.join(unlike)}")
-        additions, base_additions = (next(b.additions for b in group if b.stream == i) for group in (branches, base))
-        if base_additions > additions:
-            raise PlanError(
-                f"stream {i}: the base is deeper ({base_additions} residual additions) than the model ({additions}). "
-                "The base is the shallow model one tunes on; swap the two"
-            )
-        streams.append(Stream(additions, additions / base_additions))
-    return tuple(streams)
+    return seen, None if base is None else _seen(unwrap(base), inputs, options)
 
 
-def _kinds(branches: Sequence[Branch]) -> list[set[tuple[str, int]]]:
-    """For each stream the kinds of its branches: names without numbers, and levels."""
-    count = max((branch.stream for branch in branches), default=-1) + 1
-    return [{(without_numbers(b.name), b.levels) for b in branches if b.stream == i} for i in range(count)]
+def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
+    if inputs is None:
+        return Seen(model, inputs)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is not None and device.type == "meta":
+        inputs = _on(inputs, device)
+    with widths.shaped(model):
+        return Seen(model, inputs, trace(model, inputs, **options))
+
+
+def _on(inputs: Any, device: Any) -> Any:
+    """Example inputs on the device of a model on ``meta``; numbers are not looked at there."""
+    if isinstance(inputs, Mapping):
+        return {key: _on(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(_on(value, device) for value in inputs)
+    return inputs.to(device) if hasattr(inputs, "to") else inputs
 
 
 def make_plan(
-    model: nn.Module,
-    trace: Trace,
-    streams: tuple[Stream, ...],
+    seen: Seen,
+    base: Seen | None,
+    depth_multiplier: float | None,
     rule: Rule,
     how: How = "fold",
-    *,
-    widths: Mapping[str, Width] | None = None,
-    scales: Mapping[str, float] | None = None,
-    readouts: Mapping[str, float] | None = None,
+    initialization: Initialization = "base",
 ) -> Plan:
-    """The plan for a traced model. Changes nothing, and works on ``meta``.
-
-    Args:
-        model: the traced model.
-        trace: what `tracing.trace` returned for it.
-        streams: depths and base depths, from `streams_at` or `match_streams`.
-        rule: the exponents.
-        how: ``"fold"`` or ``"wrap"``.
-        widths: each parameter's dimensions beside its base's.
-        scales: width's factors on values at initialization.
-        readouts: width's forward multipliers, folded into readouts.
+    """The plan for a model that has been looked at.
 
     Raises:
-        PlanError: a scaled branch shares its weights with others, contains another scaled stream, has no carrier to
-            fold into, or has siblings that the example inputs did not reach.
+        PlanError: besides what `plan` says, a scaled branch shares its weights with others, contains another scaled
+            stream, has no carrier to fold into, or has siblings that the example inputs did not reach.
     """
-    active = rule.scales_depth and any(stream.depth_multiplier != 1 for stream in streams)
-    if active:
-        _refuse_shared(trace, streams)
-        _refuse_nested(trace, streams)
-        _refuse_unreached(model, trace)
-        if how == "fold":
-            _refuse_without_carrier(trace, streams, rule)
-    places = roles(trace.branches)
-    folded: dict[str, float] = {}
-    for branch in trace.branches if how == "fold" else ():
-        multiplier = rule.branch_multiplier(streams[branch.stream].depth_multiplier)
-        folded.update(dict.fromkeys(branch.carrier, multiplier))
+    if initialization not in ("base", "keep"):
+        raise PlanError(f"initialization={initialization!r} is not known. Write 'base' or 'keep'")
+    found = seen.found
+    if base is None or not rule.scales_depth:
+        streams = streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
+    else:
+        streams = match_streams(found.branches, base.found.branches)
+    is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
+    if rule.scales_depth and is_deeper:
+        check_census(found, None if base is None else base.found)
+        refusals.refuse_shared(found)
+        refusals.refuse_nested(found, streams)
+        refusals.refuse_unreached(seen.model, found)
+    entries = _entries(seen, base, rule, streams)
+    planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams)) for b in found.branches)
+    if rule.scales_depth and is_deeper and base is not None:
+        planned = _what_is_there(seen, base, entries, planned, streams)
+    if how == "fold":
+        refusals.refuse_without_carrier(planned)
+        supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
+        entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
+    entries, hung = _with_readouts(seen, entries)
+    if how == "wrap":
+        hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
+    made = Plan(rule, how, streams, planned, tuple(entries), hung)
+    return resolve(made, seen.model, keep=initialization == "keep")
+
+
+def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream]) -> float:
+    """The rule's; 1 for a branch of frozen parameters, which was trained at its own scale."""
+    parameters = dict(seen.model.named_parameters())
+    if not any(parameters[name].requires_grad for name in (*branch.inner, *branch.outer)):
+        return 1.0
+    return rule.branch_multiplier(streams[branch.stream].depth_multiplier)
+
+
+# Roles, widths and sizes
+
+
+def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream]) -> list[PlannedParameter]:
+    """Every parameter with its role, its width and the size that it should start with; nothing folded yet."""
+    places, found = roles(seen.found.branches), seen.found
+    wide = _widths(seen, base, rule)
+    sizes, kinds = _wanted_sizes(seen, base, wide)
+    trunk = {without_numbers(name): stream for name, stream in found.trunk.items()}
     entries = []
-    for name, _ in model.named_parameters():
+    for name, parameter in seen.model.named_parameters():
         index, side = places.get(name, (None, None))
         role: Role = side or "outside"
-        branch_ = None if index is None else trace.branches[index]
-        ratio = streams[branch_.stream].depth_multiplier if branch_ else 1.0
-        readout = (readouts or {}).get(name, 1.0)
-        factor = folded.get(name, 1.0) * readout
+        branch = None if index is None else found.branches[index]
+        stream = None if branch is None else branch.stream
+        if branch is None and without_numbers(name) in trunk:
+            role, stream = "trunk", trunk[without_numbers(name)]
         entries.append(
             PlannedParameter(
                 name=name,
                 role=role,
-                branch=branch_.name if branch_ else None,
-                depth_multiplier=ratio,
-                folded=factor,
-                scale=factor * (scales or {}).get(name, 1.0),
-                width=(widths or {}).get(name),
-                reason=_reason(name, role, branch_, streams, trace),
+                branch=branch.name if branch else None,
+                depth_multiplier=1.0 if stream is None else streams[stream].depth_multiplier,
+                folded=1.0,
+                scale=None,
+                width=(wide or {}).get(name),
+                reason=_reason(name, role, branch, streams, found) + ("" if parameter.requires_grad else "; frozen"),
+                initial=sizes.get(name),
+                kind=kinds.get(name, ""),
             )
         )
-    return Plan(rule, how, streams, trace.branches, tuple(entries))
+    return entries
 
 
-def _reason(name: str, role: Role, branch: Branch | None, streams: tuple[Stream, ...], trace: Trace) -> str:
+def _widths(seen: Seen, base: Seen | None, rule: Rule) -> Mapping[str, Width] | None:
+    if not rule.width:
+        return None
+    known = widths.from_base_shapes(seen.model)
+    if known is not None or base is None:
+        return known
+    found = widths.match(seen.model, base.model, seen.found, base.found)
+    if found is not None and seen.inputs is None:
+        raise PlanError(
+            "the base is narrower, and what the network does with its widths is seen by running it once: pass "
+            "example_inputs=, a small batch will do"
+        )
+    return found
+
+
+def _wanted_sizes(
+    seen: Seen, base: Seen | None, wide: Mapping[str, Width] | None
+) -> tuple[dict[str, InitialSize], dict[str, str]]:
+    """The size that each parameter should start with, from that of its counterpart in the base; and the kinds.
+
+    Of hidden weights size = base size * width_mult ** -1/2, of all others the base's (arXiv 2203.03466, table 8).
+    """
+    if base is None or widths.from_base_shapes(seen.model) is not None:  # mup has rescaled by itself
+        return {}, {}
+    theirs = {normalise_name(name): parameter for name, parameter in base.model.named_parameters()}
+    bounds = {normalise_name(name): bound for name, bound in default_bounds(base.model).items()}
+    sizes, kinds = {}, {}
+    ours = dict(seen.model.named_parameters())
+    for name, other in counterparts(ours, theirs).items():
+        if other is None or other.name not in theirs:
+            continue
+        kinds[name] = other.kind
+        width = (wide or {}).get(name)
+        if width is None and theirs[other.name].shape != ours[name].shape:
+            continue
+        size = initial_size(theirs[other.name], bounds.get(other.name))
+        if size is not None:
+            factor = 1.0 if width is None else width.multiplier**width.size_exponent
+            sizes[name] = InitialSize(size.size * factor, size.error)
+    return sizes, kinds
+
+
+def _reason(name: str, role: Role, branch: Branch | None, streams: Sequence[Stream], found: Trace) -> str:
+    if role == "trunk":
+        return "a norm on the residual stream itself, one for each addition: lr multiplier 1 / depth multiplier"
     if branch is None:
-        if name in trace.shared:
-            return f"shared by the branches {', '.join(trace.shared[name][:4])}: depth multiplier 1"
-        if name not in trace.reached:
+        if name in found.shared:
+            return f"shared by the branches {', '.join(found.shared[name][:4])}: depth multiplier 1"
+        if name not in found.reached:
             return "not reached by the example inputs: depth multiplier 1"
         return "outside every residual branch, or used by several: depth multiplier 1"
     stream = streams[branch.stream]
@@ -157,42 +273,147 @@ def _reason(name: str, role: Role, branch: Branch | None, streams: tuple[Stream,
     return f"at or after the outer weight operation of {where}{carries}"
 
 
-def _refuse_shared(trace: Trace, streams: tuple[Stream, ...]) -> None:
-    for name, users in trace.shared.items():
-        raise PlanError(
-            f"{name} is used by {len(users)} branches ({', '.join(users[:4])}) or by a branch and the rest of the "
-            "network: with tied weights no rule gives its learning rate. Untie it, or leave these branches alone: "
-            f"exclude={sorted({user.partition('#')[0] or '*' for user in users})[:4]}"
+# What of the branch multipliers is there already
+
+
+def _what_is_there(
+    seen: Seen,
+    base: Seen,
+    entries: Sequence[PlannedParameter],
+    planned: Sequence[PlannedBranch],
+    streams: Sequence[Stream],
+) -> tuple[PlannedBranch, ...]:
+    """The branches with the factors that their initialization and the forward pass have already, kind by kind."""
+    corrections = _corrections(entries, seen.model)
+    kind_of = {entry.name: entry.kind for entry in entries}
+    base_kinds = {
+        normalise_name(o.name): o.kind
+        for o in counterparts(kind_of, (name for name, _ in base.model.named_parameters())).values()
+        if o is not None
+    }
+    ours = [_kind(b, kind_of) for b in seen.found.branches]
+    theirs = [_kind(b, {name: base_kinds.get(normalise_name(name), "") for name in _inside(b)}) for b in
+              base.found.branches]  # fmt: skip
+    sizes: list[dict[int, float]] = [{}, {}]
+    if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
+        with widths.shaped(seen.model), widths.shaped(base.model):
+            factors = {name: width * depth for name, (width, depth) in corrections.items()}
+            sizes = [
+                relative_sizes(seen.model, seen.inputs, seen.found, factors),
+                relative_sizes(base.model, base.inputs, base.found),
+            ]
+    result = []
+    for i, branch in enumerate(planned):
+        ratio = streams[branch.branch.stream].depth_multiplier
+        weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
+        initial = 1 / corrections[weights[0]][1] if weights else 1.0
+        groups = [
+            [size for j, size in known.items() if kinds[j] == ours[i]]
+            for known, kinds in zip(sizes, (ours, theirs), strict=True)
+        ]
+        forward = forward_factor(groups[0], groups[1], ratio) if branch.multiplier != 1 else 1.0
+        result.append(replace(branch, initial=initial, forward=forward))
+    return tuple(result)
+
+
+def _inside(branch: Branch) -> tuple[str, ...]:
+    return (*branch.inner, *branch.outer)
+
+
+def _kind(branch: Branch, kind_of: Mapping[str, str]) -> tuple[str, ...]:
+    """What the branches of one kind share: the kinds of their parameters, and their skip."""
+    return (branch.skip, *sorted({kind_of[name] for name in _inside(branch)}))
+
+
+def _corrections(entries: Sequence[PlannedParameter], model: nn.Module) -> dict[str, tuple[float, float]]:
+    """For each parameter the factors for width and for depth that its initial value lacks, alike for a kind."""
+    parameters, bounds = dict(model.named_parameters()), default_bounds(model)
+    deepest = max((entry.depth_multiplier for entry in entries), default=1.0)
+    widest = max((entry.width.multiplier for entry in entries if entry.width is not None), default=1.0)
+    groups: dict[tuple[Any, ...], list[PlannedParameter]] = {}
+    for entry in entries:
+        if entry.initial is not None:
+            groups.setdefault((entry.kind, tuple(parameters[entry.name].shape)), []).append(entry)
+    found = {}
+    for group in groups.values():
+        pairs = [(e.initial, initial_size(parameters[e.name], bounds.get(e.name))) for e in group]
+        # What has no width itself, such as a readout's bias, may have been initialized by the width or depth of others.
+        width = group[0].width.multiplier if group[0].width is not None and group[0].width.widths else widest
+        depth = group[0].depth_multiplier if group[0].depth_multiplier != 1 else deepest
+        found.update(dict.fromkeys((e.name for e in group), correction(pairs, width, depth)))
+    return found
+
+
+def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
+    """The plan with the factors on the values that the model has now; unchanged where it has none.
+
+    A value is multiplied by the forward multiplier that it will contain, and by what its size lacks.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        known = [replace(e, scale=None if e.initial else e.folded) for e in plan.entries]
+        return replace(plan, entries=tuple(known))
+    corrections = _corrections(plan.entries, model)
+    entries, kept = [], []
+    for entry in plan.entries:
+        width, depth = corrections.get(entry.name, (1.0, 1.0))
+        if keep and abs(width * depth - 1) > NOTABLE:
+            kept.append(f"{entry.name} ({1 / (width * depth):.3g} times its size)")
+        factor = 1.0 if keep else width * depth
+        scale = entry.folded * factor
+        reason = [] if factor == 1 else [f"{factor:.4g} takes its size to that of the base"]
+        if factor != 1 and width != 1:
+            reason[-1] += f" at width_mult {entry.width.multiplier:g}" if entry.width else ""
+        if entry.folded != 1:
+            reason.append(f"{entry.folded:.4g} is a forward multiplier")
+        scale = 1.0 if abs(scale - 1) < 1e-9 else scale
+        entries.append(replace(entry, scale=scale, scale_reason=", ".join(reason)))
+    if kept:
+        warnings.warn(
+            f"initialization='keep' leaves {len(kept)} parameters at sizes that the rule does not give, beside the "
+            f"base: {', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}",
+            UserWarning,
+            stacklevel=4,
         )
+    return replace(plan, entries=tuple(entries))
 
 
-def _refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
-    for traced in trace.traced:
-        inside, outer = traced.nested, traced.branch
-        if inside and streams[outer.stream].depth_multiplier != 1:
-            raise PlanError(
-                f"{outer.name}: the branch contains {len(inside)} residual branches of its own, such as "
-                f"{trace.branches[inside[0]].name}, and both depths change. Scale one of the two: "
-                f"exclude=['{outer.name}'], or a base in which the outer depth is the same"
+# Readouts
+
+
+def _with_readouts(seen: Seen, entries: Sequence[PlannedParameter]) -> tuple[list[PlannedParameter], tuple[Hook, ...]]:
+    """Multiplier 1 / width_mult for every weight from a width to a fixed number of outputs.
+
+    It is folded into the weight where nothing else uses it; else it hangs on the module that returns the product, and
+    what is added there is folded the other way.
+
+    Raises:
+        PlanError: the weight is shared or reparametrized, and no module returns the product.
+    """
+    own = widths.mup_readouts(seen.model)
+    changed = {entry.name: entry for entry in entries}
+    hung = []
+    for entry in entries:
+        if entry.width is None or entry.width.kind != "readout" or entry.name in own:
+            continue
+        multiplier = 1 / entry.width.multiplier
+        uses = seen.found.uses.get(entry.name, ())
+        if all(use.is_weight_operation and use.is_direct for use in uses):
+            changed[entry.name] = replace(
+                entry, folded=changed[entry.name].folded * multiplier, reason=f"{entry.reason}; a readout"
             )
-
-
-def _refuse_unreached(model: nn.Module, trace: Trace) -> None:
-    inside = {without_numbers(name): trace.branches[i] for name, (i, _) in roles(trace.branches).items()}
-    for name, _ in model.named_parameters(remove_duplicate=True):
-        branch = inside.get(without_numbers(name))
-        if name not in trace.reached and branch is not None:
-            raise PlanError(
-                f"{name} was not reached by the example inputs, while its like lies in branch {branch.name}. Pass "
-                "example inputs that reach every part of the network (for a mixture of experts, more tokens)"
-            )
-
-
-def _refuse_without_carrier(trace: Trace, streams: tuple[Stream, ...], rule: Rule) -> None:
-    for branch in trace.branches:
-        if not branch.carrier and rule.branch_multiplier(streams[branch.stream].depth_multiplier) != 1:
-            raise PlanError(
-                f"{branch.name}: the branch is not linear in its last parameters (a gate, an activation or a "
-                "reparametrized weight comes last), so its multiplier cannot be folded. Write how='wrap', or "
-                f"exclude=['{branch.name.partition('#')[0] or '*'}']"
-            )
+            continue
+        for use in (use for use in uses if use.is_weight_operation):
+            if not use.modules:
+                raise PlanError(
+                    f"{entry.name} reads out of a width and is shared or reparametrized, so that width's multiplier "
+                    "cannot be folded into it, and no module returns the product to hang it on. Use "
+                    "mup.MuSharedReadout, or a base of the same width"
+                )
+            hung.append(Hook(*use.modules[0], multiplier))
+            for partner in (changed[name] for name in use.partners if name in changed and name != entry.name):
+                if partner.width is None or not partner.width.widths:
+                    changed[partner.name] = replace(partner, folded=partner.folded / multiplier)
+        changed[entry.name] = replace(
+            changed[entry.name], reason=f"{entry.reason}; a shared readout, its product times {multiplier:.4g}"
+        )
+    return list(changed.values()), tuple(dict.fromkeys(hung))

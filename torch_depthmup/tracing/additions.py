@@ -60,7 +60,7 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
     doubtful = [
         node
         for node in doubtful
-        if not any(_is_inside(graph, node, r) or _is_beside(graph, node, r.node) for r in accepted)
+        if not any(_is_inside(graph, node, r) and node != r.start or _is_beside(graph, node, r.node) for r in accepted)
     ]
     return accepted, doubtful
 
@@ -70,25 +70,29 @@ class _Masks:
     """Bit sets over the nodes of a graph."""
 
     weights: int
+    parametrised: int  # weight operations, and norms with a gain: what makes a path a branch
     nonlinear: int
     data: int
 
     @staticmethod
     def of(graph: Graph) -> _Masks:
-        weights = nonlinear = data = 0
+        weights = parametrised = nonlinear = data = 0
         for i, node in enumerate(graph.nodes):
             if node.is_data:
                 data |= 1 << i
                 weights |= node.is_weight_operation << i
+                gained = node.kind is Kind.NORM and bool(graph.weight_inputs(i))
+                parametrised |= (node.is_weight_operation or gained) << i
                 nonlinear |= _is_nonlinear(graph, i) << i
-        return _Masks(weights, nonlinear, data)
+        return _Masks(weights, parametrised, nonlinear, data)
 
 
 def _is_nonlinear(graph: Graph, i: int) -> bool:
     node, data = graph.nodes[i], graph.data_inputs(i)
     if node.kind.is_product and len(data) > 1:
         return True
-    return bool(data) and not (node.is_weight_operation or node.kind.is_linear or node.kind is Kind.NORM)
+    plain = node.is_weight_operation or node.kind.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
+    return bool(data) and not plain
 
 
 def _candidate(
@@ -113,7 +117,9 @@ def _by_ways(
             # the start of a stream, such as the latents of a Perceiver.
             sums = [i for i in graph.consumers[skip] if graph.nodes[i].kind is Kind.ADD]
             used = graph.nodes[skip].is_data or len(sums) == 1
-            return ResidualAddition(node, branch, skip, skip) if between & masks.weights and used else Verdict.OTHER
+            return (
+                ResidualAddition(node, branch, skip, skip) if between & masks.parametrised and used else Verdict.OTHER
+            )
     if not all(graph.nodes[i].is_data for i in operands):
         return Verdict.OTHER
     climbed = _sum_of_branches(graph, node, operands, candidates, masks)
@@ -123,11 +129,19 @@ def _by_ways(
 def _sum_of_branches(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
 ) -> ResidualAddition | None:
-    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is."""
+    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is.
+
+    Or from what a scaled, cast or projected skip is made of, as in ``(0.9 x + a(x)) + f(x)``.
+    """
     for skip, branch in (operands, operands[::-1]):
         start, climbed = skip, False
-        while start in candidates and not graph.reaches(branch, start):
-            start, climbed = candidates[start].start, True
+        while not graph.reaches(branch, start):
+            if start in candidates:
+                start, climbed = candidates[start].start, True
+            elif climbed and len(graph.data_inputs(start)) == 1:
+                start = graph.data_inputs(start)[0]
+            else:
+                break
         if climbed and graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
             return ResidualAddition(node, branch, skip, start)
     return None
@@ -156,22 +170,40 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
     """Candidates, outermost first, less those that only look residual.
 
     An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
-    all layers add to their attention scores reaches later scores through the stream, but comes from outside. A branch
-    that ends in the sum of a linear and a nonlinear path is one branch of two parallel paths.
+    all layers add to their attention scores reaches later scores through the stream, but comes from outside. Unless it
+    is one of a chain of additions, each the skip of the next: a stream beside the branch's own, as in
+    ``a = a + f(b); b = b + g(a)``. A branch that ends in the sum of a linear and a nonlinear path is one branch of two
+    parallel paths.
     """
+    chained = _chained(graph, candidates)
     accepted: list[ResidualAddition] = []
     for node in sorted(candidates, reverse=True):
         candidate = candidates[node]
         outside = [outer for outer in accepted if outer.start < node and not outer.projection]
         around = [outer for outer in outside if _is_inside(graph, node, outer)]
         if not any(
-            not graph.reaches(candidate.start, outer.start) or candidate.projection and _ends_in(graph, outer, node)
+            node not in chained
+            and not graph.reaches(candidate.start, outer.start)
+            or candidate.projection
+            and _ends_in(graph, outer, node)
             for outer in around
         ):
             accepted.append(candidate)
     nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes)]
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, chained)]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
+
+
+def _chained(graph: Graph, candidates: dict[int, ResidualAddition]) -> frozenset[int]:
+    """The additions that are the skip of another one, up to views, casts and constant factors, and those others."""
+    chained: set[int] = set()
+    for node, candidate in candidates.items():
+        i = candidate.skip
+        while i not in candidates and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
+            i = graph.data_inputs(i)[0]
+        if i in candidates:
+            chained |= {i, node}
+    return frozenset(chained)
 
 
 def _is_inside(graph: Graph, node: int, outer: ResidualAddition) -> bool:
@@ -185,11 +217,17 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], chained: frozenset[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    if residual.projection and residual.node not in chained:
+        only = graph.only(residual.branch, residual.skip)
+        return any(only >> node & 1 for node in nodes & chained) or bool(
+            nearest_additions(graph, residual.branch, nodes, stop=residual.start)
+        )
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
-        return any(only >> node & 1 for node in nodes)
+        inside = {node for node in nodes if only >> node & 1}
+        return bool(inside & set(nearest_additions(graph, residual.branch, nodes, stop=residual.start)))
     return any(
         graph.reaches(node, residual.start) and node != residual.start
         for node in nearest_additions(graph, residual.branch, nodes, stop=residual.start)
@@ -224,6 +262,11 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
             i = graph.data_inputs(i)[0]
             steps.append(i)
         if i in waiting:
+            if graph.reaches(skip, branch):
+                raise TracingError(
+                    f"{waiting[i]}: declared as a branch, but what it returns is the skip: the other operand of the "
+                    "addition is computed from it. Name the module that returns the other operand"
+                )
             del waiting[i]
             return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
     return None

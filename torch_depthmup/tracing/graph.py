@@ -33,7 +33,7 @@ class Addition:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the autograd graph.
+    """A value of the forward pass: an output of a node of the autograd graph.
 
     Args:
         kind: what it does.
@@ -44,6 +44,7 @@ class Node:
         is_direct: whether its value is one parameter, at most viewed.
         is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
         is_scalar: whether its value is a single number.
+        shape: of its value.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Node:
     is_direct: bool
     is_weight_operation: bool
     is_scalar: bool
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
         self.additions: list[tuple[Any, tuple[Any, Any], tuple[str, ...]]] = []
+        self.subtracts: list[bool] = []
         self.returned: list[tuple[str, list[Any]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -109,6 +112,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
         self.additions.append((_producer(result), before, tuple(self.stack)))
+        self.subtracts.append("sub" in func.__name__)
         return result
 
     @contextlib.contextmanager
@@ -134,13 +138,16 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
-def _producer(value: Any) -> Any:
-    """The autograd node that produced a tensor; for a leaf, the node that would accumulate its gradient."""
+Edge = tuple[Any, int]
+"""An autograd node and the number of its output: the halves of a chunk are values of their own."""
+
+
+def _producer(value: Any) -> Edge | None:
+    """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
-    if value.grad_fn is not None:
-        return value.grad_fn
-    return torch.autograd.graph.get_gradient_edge(value).node
+    edge = torch.autograd.graph.get_gradient_edge(value)
+    return edge.node, edge.output_nr
 
 
 def record(model: nn.Module, example_inputs: Any) -> Graph:
@@ -182,11 +189,11 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
         return _build(_topological(roots), model, recorder)
 
 
-def _topological(roots: list[Any]) -> list[Any]:
-    """All nodes behind the roots, inputs first. Written without recursion, since deep networks are the point."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(root, False) for root in reversed(roots)]
+def _topological(roots: list[Edge]) -> list[Edge]:
+    """All values behind the roots, inputs first. Written without recursion, since deep networks are the point."""
+    order: list[Edge] = []
+    seen: set[Edge] = set()
+    stack: list[tuple[Edge, bool]] = [(root, False) for root in reversed(roots)]
     while stack:
         node, done = stack.pop()
         if done:
@@ -194,18 +201,24 @@ def _topological(roots: list[Any]) -> list[Any]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((next_, False) for next_, _ in node.next_functions if next_ is not None and next_ not in seen)
+            stack.extend((next_, False) for next_ in _operands(node) if next_ not in seen)
     return order
 
 
-def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
+def _operands(edge: Edge) -> list[Edge]:
+    return [next_ for next_ in edge[0].next_functions if next_[0] is not None]
+
+
+def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
     index = {node: i for i, node in enumerate(order)}
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
     nodes: list[Node] = []
     consumers: list[list[int]] = [[] for _ in order]
-    for i, autograd_node in enumerate(order):
-        nodes.append(_node(autograd_node, nodes, index, parameters, ndims))
+    in_place = _sums_into_views(recorder, index)
+    for i, (autograd_node, _) in enumerate(order):
+        kind = in_place[i].kind if i in in_place else None
+        nodes.append(_node(autograd_node, nodes, index, parameters, ndims, kind))
         for j in nodes[i].inputs:
             if j >= 0:
                 consumers[j].append(i)
@@ -214,27 +227,52 @@ def _build(order: list[Any], model: nn.Module, recorder: _Recorder) -> Graph:
         if result in index and all(operand in index for operand in operands):
             first, second = operands
             additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
+    for i, view in in_place.items():
+        first, second = nodes[i].inputs[:2]
+        additions[i] = Addition(view.ordinal, (first, second), recorder.additions[view.ordinal][2])
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
         outputs_of.setdefault(name, []).append([index.get(node, -1) for node in returned])
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
+@dataclass(frozen=True)
+class _SumIntoView:
+    """A sum written into a view, ``h = fc(x); h += x`` on three-dimensional x: autograd calls it CopySlices."""
+
+    ordinal: int
+    kind: Kind
+
+
+def _sums_into_views(recorder: _Recorder, index: Mapping[Edge, int]) -> dict[int, _SumIntoView]:
+    """By the index of their CopySlices node."""
+    found: dict[int, _SumIntoView] = {}
+    for ordinal, (result, _, _) in enumerate(recorder.additions):
+        edge = result
+        while edge in index and kind_of(type(edge[0]).__name__) is Kind.VIEW and len(_operands(edge)) == 1:
+            (edge,) = _operands(edge)
+        if edge in index and type(edge[0]).__name__ == "CopySlices" and len(_operands(edge)) == 2:
+            kind = Kind.SUBTRACT if recorder.subtracts[ordinal] else Kind.ADD
+            found.setdefault(index[edge], _SumIntoView(ordinal, kind))
+    return found
+
+
 def _node(
     autograd_node: Any,
     nodes: list[Node],
-    index: Mapping[Any, int],
+    index: Mapping[Edge, int],
     parameters: Mapping[int, tuple[str, int]],
     ndims: Mapping[str, int],
+    kind: Kind | None,
 ) -> Node:
     custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
-    kind = kind_of(type(autograd_node).__name__, custom)
+    kind = kind or kind_of(type(autograd_node).__name__, custom)
     if kind is Kind.CHECKPOINT:
         raise TracingError(
             "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
             "model.gradient_checkpointing_disable(), or write use_reentrant=False"
         )
-    inputs = tuple(-1 if next_ is None else index[next_] for next_, _ in autograd_node.next_functions)
+    inputs = tuple(-1 if next_[0] is None else index[next_] for next_ in autograd_node.next_functions)
     present = [nodes[j] for j in inputs if j >= 0]
     weights = frozenset[str]().union(*(operand.weights for operand in present))
     ancestors = 1 << len(nodes)
@@ -253,6 +291,7 @@ def _node(
         is_direct=not is_data and (bool(name) or views_one),
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
         is_scalar=_is_scalar(autograd_node),
+        shape=_shape(autograd_node),
     )
 
 
@@ -266,3 +305,8 @@ def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
 def _is_scalar(autograd_node: Any) -> bool:
     metadata = getattr(autograd_node, "_input_metadata", None) or ()
     return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
+
+
+def _shape(autograd_node: Any) -> tuple[int, ...]:
+    metadata = getattr(autograd_node, "_input_metadata", None) or (None,)
+    return () if metadata[0] is None else tuple(int(size) for size in metadata[0].shape)

@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     VIEW = "rearranges or copies one tensor"
     LOOKUP = "picks entries of a tensor by number"
     LINEAR = "otherwise linear in its one operand"
+    MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
     HOMOGENEOUS = "not linear, but commutes with a positive factor: f(m x) = m f(x)"
     CHECKPOINT = "re-entrant gradient checkpointing, which hides what it runs"
     OTHER = "anything else, taken for nonlinear"
@@ -51,7 +52,7 @@ class Kind(enum.Enum):
     @property
     def keeps_positive_factors(self) -> bool:
         """Whether a positive multiple of the data operand gives the same multiple of the value."""
-        return self.is_linear or self is Kind.HOMOGENEOUS
+        return self.is_linear or self in (Kind.MAX_POOL, Kind.HOMOGENEOUS)
 
     @property
     def takes_one_factor_of_data(self) -> bool:
@@ -96,7 +97,8 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.LOOKUP, rf"(Embedding|EmbeddingBag|Index|IndexSelect|Gather){_SUFFIX}"),
     (Kind.VIEW, rf"({_VIEWS}){_SUFFIX}"),
     (Kind.LINEAR, rf"({_LINEAR}){_SUFFIX}|CopySlices"),
-    (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|MaxPool\w*|AdaptiveMaxPool\w*|Abs|Amax|Max)Backward\d*"),
+    (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
+    (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|Abs)Backward\d*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _NAMES)
 

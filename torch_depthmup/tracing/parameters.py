@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ INNER, OUTER = 0, 1
 
 class _Addition(Protocol):
     node: int
+    skip: int
 
 
 @dataclass
@@ -26,14 +27,15 @@ class Parts:
 
     ``nodes`` are the data nodes between skip and addition. ``level[i]`` counts the weight operations on the longest
     path from the skip to node ``i``, itself included. ``sides`` maps each parameter to inner (0) or outer (1);
-    ``matrices`` are those that weight operations use. ``owner`` is the innermost module path around these.
+    ``factors`` are what weight operations multiply data with, each by the names of its parameters. ``owner`` is the
+    innermost module path around these.
     """
 
     nodes: frozenset[int] = frozenset()
     level: dict[int, int] = field(default_factory=dict)
     levels: int = 0
     sides: dict[str, int] = field(default_factory=dict)
-    matrices: frozenset[str] = frozenset()
+    factors: frozenset[frozenset[str]] = frozenset()
     owner: str = ""
 
 
@@ -41,7 +43,7 @@ def describe(
     graph: Graph, addition: int, branch: int, start: int, projection: bool, residuals: Sequence[_Addition]
 ) -> Parts:
     """The parts of a branch that ends in node ``branch`` and starts from node ``start``."""
-    others = {residual.node for residual in residuals} - {addition}
+    others = {residual.node: residual.skip for residual in residuals if residual.node != addition}
     nodes = _between(graph, addition, branch, start, projection, others)
     level: dict[int, int] = {}
     for i in sorted(nodes):
@@ -54,29 +56,33 @@ def describe(
             if j in nodes:
                 later[j] = later[j] or later[i] or graph.nodes[i].is_weight_operation
     sides: dict[str, int] = {}
-    matrices: set[str] = set()
+    factors: set[frozenset[str]] = set()
     for i in sorted(nodes):
         for j in graph.weight_inputs(i):
             for name in sorted(graph.nodes[j].weights):
                 sides[name] = min(sides.get(name, OUTER), INNER if later[i] else OUTER)
-                if graph.nodes[i].is_weight_operation:
-                    matrices.add(name)
-    return Parts(nodes, level, level[branch], sides, frozenset(matrices), _owner(matrices))
+            if graph.nodes[i].is_weight_operation:
+                factors.add(graph.nodes[j].weights)
+    owner = _owner(set().union(*factors) or set(sides))
+    return Parts(nodes, level, level[branch], sides, frozenset(factors), owner)
 
 
 def _between(
-    graph: Graph, addition: int, branch: int, start: int, projection: bool, others: set[int]
+    graph: Graph, addition: int, branch: int, start: int, projection: bool, others: Mapping[int, int]
 ) -> frozenset[int]:
-    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses."""
+    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses.
+
+    Not beyond a residual addition (by its skip in ``others``) of another stream, whose skip comes from elsewhere.
+    """
     nodes: set[int] = set()
     pending, seen = [-branch], {branch}
     while pending:
         # Consumers come after a node, so in descending order they are decided before it.
         i = -heapq.heappop(pending)
         inside = not graph.reaches(start, i) if projection else i != start and graph.reaches(i, start)
-        foreign = i in others and not inside
+        foreign = i in others and not (inside and (projection or graph.reaches(others[i], start)))
         used_here = all(j in nodes or j == addition and i == branch for j in graph.consumers[i])
-        if not inside and (foreign or i == start or graph.reaches(start, i) or not used_here):
+        if foreign or not inside and (i == start or graph.reaches(start, i) or not used_here):
             continue
         nodes.add(i)
         for j in graph.data_inputs(i):

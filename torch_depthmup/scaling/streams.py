@@ -1,0 +1,87 @@
+"""The residual streams of a model beside those of its base: how many additions, and how many times as many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch_depthmup.errors import PlanError
+from torch_depthmup.running import without_numbers
+from torch_depthmup.scaling.plan import Stream
+from torch_depthmup.tracing.branches import Branch
+
+__all__ = ["match_streams", "streams_at"]
+
+WHOLE = 0.01  # how far from a whole number the base's additions may come out: multipliers are written rounded
+
+
+def streams_at(branches: Sequence[Branch], depth_multiplier: float | None) -> tuple[Stream, ...]:
+    """The streams with one depth multiplier for all of them; ``None`` is 1.
+
+    Raises:
+        PlanError: it is not a finite number of at least 1, or a stream's additions are not a multiple of it.
+    """
+    additions = {branch.stream: branch.additions for branch in branches}
+    multiplier = 1.0 if depth_multiplier is None else depth_multiplier
+    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
+        raise PlanError(f"depth_multiplier must be a number, the depth over that of the base, not {multiplier!r}")
+    if multiplier < 1:
+        raise PlanError(
+            f"depth_multiplier must be at least 1, not {multiplier!r}: it is the model's depth over that of the base, "
+            "which is the shallow model one tunes on"
+        )
+    for stream, count in sorted(additions.items()):
+        base = count / multiplier
+        if round(base) < 1 or abs(base - round(base)) > WHOLE * round(base):
+            raise PlanError(
+                f"stream {stream} has {count} residual additions, and depth_multiplier={multiplier:g} would give "
+                f"{base:.3g} in the base. Pass the shallow model itself, base=small_model, with at least one residual "
+                "block in every stage"
+            )
+    return tuple(Stream(count, float(multiplier)) for _, count in sorted(additions.items()))
+
+
+def match_streams(branches: Sequence[Branch], base: Sequence[Branch]) -> tuple[Stream, ...]:
+    """The streams beside those of a base model.
+
+    Raises:
+        PlanError: the base has other streams or other kinds of branches, or is deeper.
+    """
+    if not base:
+        raise PlanError("the base model has no residual branches. Pass the shallow model of the same family")
+    ours, theirs = _kinds(branches), _kinds(base)
+    if len(ours) != len(theirs):
+        raise PlanError(
+            f"the model has {len(ours)} residual streams and the base {len(theirs)}: another family. Build both with "
+            "the same code, so that every stage has at least one residual block in the base"
+        )
+    streams = []
+    for i, (kinds, base_kinds) in enumerate(zip(ours, theirs, strict=True)):
+        if {kind[1:] for kind in kinds} != {kind[1:] for kind in base_kinds} or not kinds & base_kinds:
+            raise PlanError(f"stream {i}: the base is of another family: {_difference(kinds, base_kinds)}")
+        additions, base_additions = (next(b.additions for b in group if b.stream == i) for group in (branches, base))
+        if base_additions > additions:
+            raise PlanError(
+                f"stream {i}: the base is deeper ({base_additions} residual additions) than the model ({additions}). "
+                "The base is the shallow model one tunes on; swap the two"
+            )
+        streams.append(Stream(additions, additions / base_additions))
+    return tuple(streams)
+
+
+def _kinds(branches: Sequence[Branch]) -> list[set[tuple[str, int]]]:
+    """For each stream the kinds of its branches: names without numbers, and levels."""
+    count = max((branch.stream for branch in branches), default=-1) + 1
+    return [{(without_numbers(b.name), b.levels) for b in branches if b.stream == i} for i in range(count)]
+
+
+def _difference(kinds: set[tuple[str, int]], base_kinds: set[tuple[str, int]]) -> str:
+    levels, base_levels = ({level for _, level in group} for group in (kinds, base_kinds))
+    if levels != base_levels:
+        ours, theirs = (" or ".join(map(str, sorted(group))) for group in (levels, base_levels))
+        return (
+            f"branches have {ours} weight layers in the model and {theirs} in the base. Build both from the same "
+            "kind of block"
+        )
+    names = sorted(name or "the model itself" for name, _ in kinds ^ base_kinds)
+    return f"only one of the two has branches called {', '.join(names)}. Build both with the same code"
