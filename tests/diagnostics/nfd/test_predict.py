@@ -230,3 +230,40 @@ def test_too_little_width_is_refused_with_the_width_that_will_do() -> None:
 def test_divergence_is_told() -> None:
     with pytest.raises(DepthMuPError, match="diverged at step"):
         predict(Norms, X, Y, width=512, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e12), steps=8, seeds=1)
+
+
+@pytest.mark.evidence
+def test_the_llama_of_transformers_is_predicted() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(n: int) -> nn.Module:
+        config = LlamaConfig(vocab_size=50, hidden_size=n, intermediate_size=2 * n, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+                             initializer_range=0.05, use_cache=False)  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(output, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+
+    x, y = (torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    runs = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        model = make(256)
+        stepping, outputs = optimizer(model), []
+        for _ in range(4):
+            output = model(x)
+            outputs.append(output.logits.detach().clone())
+            stepping.zero_grad()
+            loss(output, y).backward()
+            stepping.step()
+        runs.append(torch.stack(outputs))
+    measured = torch.stack(runs)
+    predicted = predict(make, x, y, width=256, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
+    error = (measured.var(0) / 16 + predicted.var(0) / 16).sqrt()
+    z = (measured.mean(0) - predicted.mean(0)) / error
+    assert float(z.square().mean()) < 1.5  # of 2,400 outputs; a few of so many lie beyond three standard errors
+    assert float((z.abs() > 4).float().mean()) < 0.005
