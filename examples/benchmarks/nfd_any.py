@@ -132,7 +132,8 @@ def main() -> None:
     ratios = [a / b for a, b in pairs]
     print(
         f"width {width}, {blocks} blocks, {SEQUENCES} x {TOKENS} tokens, {steps} steps: network {pairs[-1][0]:.2f} s, "
-        f"prediction {pairs[-1][1]:.2f} s; ratio {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
+        f"prediction {pairs[-1][1]:.2f} s; ratio {statistics.median(ratios):.1f} "
+        f"[{min(ratios):.1f}, {max(ratios):.1f}]",
         flush=True,
     )
     del dense

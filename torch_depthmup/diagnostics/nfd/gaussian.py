@@ -24,6 +24,7 @@ __all__ = ["Coupling", "GaussianMatrix", "Noise", "TrainedMatrix", "checked_coup
 Coupling = Literal["reused", "decoupled"]
 
 ROUNDING = 100  # times eps: what is left of a query, relative to it, that is rounding and no new direction
+MOSTLY_NEW = 0.1  # share of a query off the basis above which one Gram-Schmidt pass is as good as ten times rounding
 SPREAD = 1e-2  # directions are made orthonormal together down to this ratio of their Gram matrix's eigenvalues
 
 
@@ -180,11 +181,14 @@ class Product:
 
 
 def _split(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates along an orthonormal basis, and the remainder; twice, since once leaves rounding behind."""
+    """Coordinates along an orthonormal basis, and the remainder; twice where once leaves too much rounding behind."""
     if not basis.shape[1]:
         return rows.new_zeros(*rows.shape[:2], 0), rows
     first = torch.bmm(rows, basis.mT)
     remainder = torch.baddbmm(rows, first, basis, alpha=-1)
+    left = torch.linalg.vector_norm(remainder, dim=2) >= MOSTLY_NEW * torch.linalg.vector_norm(rows, dim=2)
+    if bool(left.all()):
+        return first, remainder
     second = torch.bmm(remainder, basis.mT)
     return first + second, torch.baddbmm(remainder, second, basis, alpha=-1)
 
