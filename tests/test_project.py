@@ -13,7 +13,8 @@ from pages import ROOT
 
 import torch_depthmup as dm
 
-MACHINE = re.compile(r"(?<![\w.:/@-])(?:/(?:home|Users|root|work|mnt|media|opt|tmp|var|private)/|[A-Z]:\\)[\w~]")
+FOLDERS = "home|Users|root|work|mnt|media|opt|tmp|var|private"
+MACHINE = re.compile(rf"(?<![\w.:/@-])(?:/(?:{FOLDERS})/|\b[A-Z]:\\(?=[A-Z]))[\w~]")
 """An absolute path of somebody's machine; those that every machine has, such as /usr/bin/env, are none."""
 
 

@@ -62,9 +62,7 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     for parameter, m in carriers:
         parameter.mul_(m)
     taken = take_off(owner)
-    hang(
-        owner, [hook for hook in plan.hooks if hook.branch is None]
-    )  # of tied readouts
+    hang(owner, [hook for hook in plan.hooks if hook.branch is None])  # of tied readouts
     if before is not None and not _same(before, after := _outputs(owner, example_inputs)):
         for (parameter, _), value in zip(carriers, saved, strict=True):
             parameter.copy_(value)
