@@ -242,7 +242,9 @@ def parametrize(model: nn.Module, network: Entry, how: str) -> Any:
         warnings.simplefilter("always")
         inputs = exact(network.inputs(), network)
         plan = dm.parametrize(model, base=base, example_inputs=inputs, how=how, initialization="keep")
-    shrinking = ["at sizes that the rule does not give" in str(warning.message) for warning in said]
+    # Zero gains were filled by hand, so some models look trained.
+    messages = [text for warning in said if "looks trained" not in (text := str(warning.message))]
+    shrinking = ["at sizes that the rule does not give" in text for text in messages]
     assert shrinking == [True] * network.name.startswith("gpt2")
     assert {branch.forward for branch in plan.planned_branches} == {1.0}
     return plan
