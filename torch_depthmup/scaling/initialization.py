@@ -27,7 +27,7 @@ from torch_depthmup.tracing.replay import Meter, run_metered
 __all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest"]
 
 SURE = 4.0  # standard errors by which a size must miss a power before it is taken for another
-LEAST = 0.03  # spread of branch sizes that is always there, in units of them: networks are of finite width
+LEAST = 0.1  # spread of branch sizes, relative to them, that is always there: networks are of finite width
 SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
 POWERS = (
@@ -66,7 +66,7 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     values = parameter.detach()
     size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
     largest, smallest = _number(values.max()), _number(values.min())
-    if largest == smallest or size == 0:  # gains at 1, biases at 0
+    if size == 0 or (largest == smallest and values.numel() > 1):  # biases at 0, gains at 1
         return InitialSize(size, 0.0)
     if bound is not None and max(largest, -smallest) <= bound * 1.01:
         uniform = bound / math.sqrt(3)
