@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision_shim  # noqa: F401  before anything that imports torchvision
 from hypothesis import settings
+from optimizers import model  # noqa: F401  a fixture of every test of optimizers
 
 settings.register_profile("house", deadline=None, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("house"), derandomize=True)

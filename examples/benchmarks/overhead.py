@@ -186,8 +186,11 @@ def main() -> None:
             mup.set_base_shapes(model, None, do_assert=False)
         dm.parametrize(ours_model, base=make_base(), example_inputs=inputs)
         ours = steps(ours_model, lambda m: dm.AdamW(m.parameters(), lr=1e-9))
+        # Where no decay is written, mup's constructor takes 0 and torch's 0.01, which is a pass more over the weights.
+        theirs = steps(widened, lambda m: mup.MuAdamW(m.parameters(), lr=1e-9, weight_decay=1e-2))
+        line(f"{name}: step, dm.AdamW / mup.MuAdamW, same decay", pairs(theirs, ours, options.repeats))
         theirs = steps(widened, lambda m: mup.MuAdamW(m.parameters(), lr=1e-9))
-        line(f"{name}: step, dm.AdamW / mup.MuAdamW", pairs(theirs, ours, options.repeats))
+        line(f"{name}: step, dm.AdamW / mup.MuAdamW, each its default", pairs(theirs, ours, options.repeats))
     blocks = nn.Sequential(
         *[dm.Residual(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))) for _ in range(100)]
     )

@@ -14,10 +14,11 @@ from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import Rule, get_rule
 from torch_depthmup.running import is_sharded, normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.plan import How, Plan
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
-from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, owner_of
+from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
 from torch_depthmup.scaling.verify import Measured, check_branches, differing_output, filled, measured
 from torch_depthmup.tracing.branches import Pattern
 
@@ -81,6 +82,8 @@ def parametrize(
     options = {"include": include, "exclude": exclude, "branches": branches}
     seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
     plan = make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
+    if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
+        warn_if_trained(model)
     _carry_out(model, plan, seen)
     return plan
 
@@ -161,6 +164,7 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
             f"{done[0] or type(model).__name__} was parametrized before: its branches are already scaled. Call "
             "dm.undo(model) first, or build a fresh model"
         )
+    refuse_shared_with_others(model)
     return model
 
 
@@ -316,5 +320,4 @@ def undo(model: nn.Module) -> None:
     if handle.set_shapes:
         widths.clear_shapes(owner)
     take_off(owner)
-    del vars(owner)[ATTRIBUTE]
-    Handle.alive.discard(owner)
+    forget(owner)

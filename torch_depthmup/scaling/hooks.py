@@ -1,18 +1,25 @@
-"""The multiplier of ``how="wrap"``: a forward hook on the module that returns a branch."""
+"""The multiplier of ``how="wrap"``: a forward hook on the module that returns a branch.
+
+``torch.compile`` reuses compiled code for every module of a class and does not look at forward hooks, so a network
+without hooks that was compiled before would decide what a network with hooks computes. A module with a multiplier
+therefore gets a class of its own, with the same name and a different identity, which the compiler does look at.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Hook, PlannedBranch
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "branch_hooks", "hang", "hooked", "take_off"]
+__all__ = ["BranchMultiplier", "branch_hooks", "hang", "hang_again", "hooked", "multiply", "plain_class", "take_off"]
 
 
 class BranchMultiplier:
@@ -38,6 +45,36 @@ class BranchMultiplier:
         return f"BranchMultiplier({self.multiplier:g})"
 
 
+class _Multiplied:
+    """What marks the class of a module that carries a `BranchMultiplier`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _multiplied_instance, (plain_class(type(self)),), self.__getstate__()
+
+
+@functools.cache
+def _multiplied_class(cls: Any) -> type:
+    return type(cls.__name__, (_Multiplied, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _multiplied_instance(cls: type) -> Any:
+    marked: Any = _multiplied_class(cls)
+    return marked.__new__(marked)
+
+
+def plain_class(cls: type) -> type:
+    """The class that a module had before it got a multiplier."""
+    return cls.__mro__[cls.__mro__.index(_Multiplied) + 1] if issubclass(cls, _Multiplied) else cls
+
+
+def multiply(module: nn.Module, multiplier: float, index: int = 0) -> None:
+    """Hangs a multiplier on one module."""
+    module.register_forward_hook(BranchMultiplier(multiplier, index))
+    if not isinstance(module, _Multiplied | torch.jit.ScriptModule):
+        cls: Any = type(module)
+        module.__class__ = _multiplied_class(cls)
+
+
 @contextlib.contextmanager
 def hooked(model: nn.Module, hooks: Iterable[Hook]) -> Iterator[None]:
     """Multipliers on a model for as long as it is measured."""
@@ -51,7 +88,7 @@ def hooked(model: nn.Module, hooks: Iterable[Hook]) -> Iterator[None]:
 def hang(model: nn.Module, hooks: Iterable[Hook]) -> None:
     """Hangs multipliers on the modules that a plan names."""
     for hook in hooks:
-        model.get_submodule(hook.module).register_forward_hook(BranchMultiplier(hook.multiplier, hook.output))
+        multiply(model.get_submodule(hook.module), hook.multiplier, hook.output)
 
 
 def branch_hooks(model: nn.Module, planned: Sequence[PlannedBranch], found: Trace) -> tuple[Hook, ...]:
@@ -97,9 +134,24 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
     return targets
 
 
-def take_off(model: nn.Module) -> None:
-    """Removes every multiplier that `hang` has left."""
+Taken = list[tuple[nn.Module, BranchMultiplier]]
+"""Modules with the multipliers that were taken off them."""
+
+
+def take_off(model: nn.Module) -> Taken:
+    """Removes every multiplier; modules have their own classes again."""
+    taken = []
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BranchMultiplier):
                 del module._forward_hooks[key]
+                taken.append((module, hook))
+        if isinstance(module, _Multiplied) and _multiplied_class(plain_class(type(module))) is type(module):
+            module.__class__ = plain_class(type(module))
+    return taken
+
+
+def hang_again(taken: Taken) -> None:
+    """Puts multipliers back where they were."""
+    for module, hook in taken:
+        multiply(module, hook.multiplier, hook.index)

@@ -25,6 +25,7 @@ from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.streams import match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
+from torch_depthmup.tracing.census import check_census
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -69,8 +70,8 @@ def plan(
     >>> def network(depth):
     ...     return torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(depth)])
     >>> with torch.device("meta"):
-    ...     deep, x = network(8), torch.ones(1, 8)
-    >>> dm.plan(deep, base=network(2), example_inputs=x)["7.branch.weight"].folded
+    ...     deep, small = network(8), network(2)
+    >>> dm.plan(deep, base=small, example_inputs=torch.ones(1, 8))["7.branch.weight"].folded
     0.5
 
     Raises:
@@ -151,6 +152,7 @@ def make_plan(
         streams = match_streams(found.branches, base.found.branches)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
     if rule.scales_depth and is_deeper:
+        check_census(found, None if base is None else base.found)
         refusals.refuse_shared(found)
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found)

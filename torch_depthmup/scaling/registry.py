@@ -1,24 +1,54 @@
-"""Which live modules have which plan: found again by name, after copies and replacements."""
+"""Which live modules have which plan, and which parameter is which of a plan's.
+
+A plan sits on its module as an attribute. A deep copy of the module is known too. A pickle of the module holds the plan
+as plain data, so that it loads where this package is not installed, and is known again where it is.
+"""
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from torch_depthmup.errors import PlanError
-from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.plan import Plan, PlannedParameter
 
-__all__ = ["ATTRIBUTE", "Handle", "owner_of", "owners", "plan_of"]
-
+__all__ = [
+    "ATTRIBUTE",
+    "Handle",
+    "Planned",
+    "discover",
+    "folded_multipliers",
+    "forget",
+    "owner_of",
+    "owners",
+    "plan_of",
+    "planned_parameters",
+    "refuse_replaced",
+    "refuse_shared_with_others",
+]
 
 ATTRIBUTE = "_torch_depthmup"
+Planned = tuple[Plan, str]
+"""A plan and the planned name of one parameter."""
+
+_folded: dict[int, tuple[weakref.ref[Tensor], float]] = {}  # what folded_multipliers has looked up
 
 
 class Handle:
-    """A plan on its module. Copies and pickles with the module, and makes the copy known too."""
+    """A plan on its module.
+
+    Args:
+        owner: the module; ``None`` where it is not known yet.
+        plan: its plan.
+        versions: how often each parameter had been written to when the plan was carried out; ``None`` on a copy.
+        set_shapes: whether mup's ``infshape`` was put on the parameters.
+    """
 
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -31,27 +61,65 @@ class Handle:
     ):
         self.owner = None if owner is None else weakref.ref(owner)
         self.plan = plan
-        self.versions = versions  # how often each parameter had been written to; None on a copy
-        self.set_shapes = set_shapes  # whether parametrize put mup's infshape on the parameters
+        self.versions = versions
+        self.set_shapes = set_shapes
+        self.modules: dict[str, tuple[weakref.ref[nn.Module], weakref.ref[Tensor]]] = {}
         if owner is not None:
             self.alive.add(owner)
+            _folded.clear()
 
     @staticmethod
     def attach(model: nn.Module, plan: Plan, set_shapes: bool) -> None:
+        """Makes a plan known as that of a module."""
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
-        vars(model)[ATTRIBUTE] = Handle(model, plan, versions, set_shapes)
+        handle = vars(model)[ATTRIBUTE] = Handle(model, plan, versions, set_shapes)
+        handle.remember(model)
+
+    def remember(self, owner: nn.Module) -> None:
+        """Notes which module holds each parameter, to notice later that one was replaced."""
+        modules = dict(owner.named_modules())
+        self.modules = {
+            name: (weakref.ref(modules[name.rpartition(".")[0]]), weakref.ref(parameter))
+            for name, parameter in owner.named_parameters()
+        }
+
+    def was_replaced(self, owner: nn.Module, name: str, parameter: Tensor) -> bool:
+        """Whether both a parameter and the module that holds it are other objects than when the plan was made."""
+        known = self.modules.get(name)
+        if known is None:
+            return False
+        module, was = known
+        return was() is not parameter and module() is not owner.get_submodule(name.rpartition(".")[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         # A module is in the memo before its attributes are copied.
         return Handle(memo.get(id(self.owner())) if self.owner else None, self.plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Handle, (self.owner() if self.owner else None, self.plan)
+        # A class that torch.load(weights_only=True) knows too.
+        return OrderedDict, (), None, None, iter({"plan": self.plan.to_json(indent=None)}.items())
+
+
+def _handle(module: nn.Module) -> Handle:
+    """The handle of a module with a plan: made anew after pickling and after a copy that did not bring its own."""
+    held = vars(module)[ATTRIBUTE]
+    if isinstance(held, Handle) and held.owner is not None and held.owner() is module:
+        return held
+    plan = held.plan if isinstance(held, Handle) else Plan.from_json(held["plan"])
+    handle = vars(module)[ATTRIBUTE] = Handle(module, plan)
+    return handle
 
 
 def owners() -> list[tuple[nn.Module, Plan]]:
     """All live parametrized modules with their plans, copies included."""
-    return [(module, vars(module)[ATTRIBUTE].plan) for module in Handle.alive if ATTRIBUTE in vars(module)]
+    return [(module, _handle(module).plan) for module in list(Handle.alive) if ATTRIBUTE in vars(module)]
+
+
+def discover() -> None:
+    """Makes modules known that came with a plan from a pickle. Looks at every live object: about 0.1 s."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), nn.Module) and ATTRIBUTE in vars(thing):
+            _handle(thing)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -60,13 +128,128 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlanError: the model has no plan, or several.
     """
-    return vars(owner_of(model))[ATTRIBUTE].plan
+    return _handle(owner_of(model)).plan
 
 
 def owner_of(model: nn.Module) -> nn.Module:
+    """The module on which a plan was carried out: the model itself, or what a wrapper holds."""
     found = [module for module in model.modules() if ATTRIBUTE in vars(module)]
     if not found:
         raise PlanError(f"{type(model).__name__} has no plan. Call dm.parametrize(model, ...) first")
     if len(found) > 1:
         raise PlanError(f"{type(model).__name__} holds {len(found)} parametrized modules. Ask for the plan of one")
+    _handle(found[0])
     return found[0]
+
+
+def planned_parameters(model: nn.Module | None = None) -> dict[int, Planned]:
+    """The plan and the planned name of every parameter, by its id, of all live modules or of those in one model."""
+    inside = [m for m, _ in owners()] if model is None else [m for m in model.modules() if ATTRIBUTE in vars(m)]
+    found: dict[int, Planned] = {}
+    for owner in inside:
+        handle = _handle(owner)
+        for name, parameter in owner.named_parameters(remove_duplicate=True):
+            found[id(parameter)] = handle.plan, _unpruned(owner, name)
+    return found
+
+
+def folded_multipliers(parameters: Sequence[Tensor]) -> list[float]:
+    """The forward multiplier that each parameter's value contains; 1 for parameters without a plan.
+
+    Raises:
+        PlanError: a flat parameter of FSDP1 holds several parameters of a folded plan.
+    """
+    known = [_folded.get(id(parameter)) for parameter in parameters]
+    if any(k is None or k[0]() is not p for k, p in zip(known, parameters, strict=True)):
+        planned = planned_parameters()
+        if any(id(p) not in planned for p in parameters):
+            discover()
+            planned = planned_parameters()
+        for parameter in parameters:
+            folded = _folded_multiplier(parameter, planned.get(id(parameter)))
+            _folded[id(parameter)] = weakref.ref(parameter), folded
+        known = [_folded[id(parameter)] for parameter in parameters]
+    return [k[1] for k in known if k is not None]
+
+
+def _folded_multiplier(parameter: Tensor, planned: Planned | None) -> float:
+    if planned is None:
+        return 1.0
+    plan, name = planned
+    try:
+        return plan[name].folded
+    except PlanError:
+        if type(parameter.data).__name__ == "FlatParameter" or type(parameter).__name__ == "FlatParameter":
+            raise PlanError(
+                f"{name} is a flat parameter of FSDP1, in which folded multipliers cannot be told apart. Write "
+                "FSDP(..., use_orig_params=True), use fully_shard, or write how='wrap'"
+            ) from None
+        return 1.0  # added after dm.parametrize, so nothing was folded into it
+
+
+def forget(model: nn.Module) -> None:
+    """Takes the plan off a module."""
+    del vars(model)[ATTRIBUTE]
+    Handle.alive.discard(model)
+    _folded.clear()
+
+
+def _unpruned(owner: nn.Module, name: str) -> str:
+    """A pruned weight's own name: ``torch.nn.utils.prune`` calls it ``weight_orig`` and multiplies it by a mask."""
+    path, _, last = name.rpartition(".")
+    if not last.endswith("_orig"):
+        return name
+    hooks = owner.get_submodule(path)._forward_pre_hooks.values()
+    pruned = any(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
+    return name.removesuffix("_orig") if pruned else name
+
+
+def refuse_replaced(parameters: Iterable[Tensor]) -> None:
+    """Refuses parameters that took the place of ones that the plan had scaled.
+
+    Raises:
+        PlanError: names the first such parameter.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    for owner, plan in owners():
+        handle = _handle(owner)
+        for name, parameter in owner.named_parameters(remove_duplicate=True):
+            if id(parameter) not in wanted:
+                continue
+            try:
+                entry = plan[name]
+            except PlanError:
+                continue  # the optimizer has words for parameters without a plan
+            if not _scaled(entry):
+                continue
+            if handle.was_replaced(owner, name, parameter):
+                raise PlanError(
+                    f"{name} was replaced after dm.parametrize, so its value is not scaled as the plan says. Replace "
+                    "modules first and call dm.parametrize after it, on a fresh model"
+                )
+            if entry.folded != 1.0 and ".parametrizations." in f".{name}" and ".parametrizations." not in entry.name:
+                raise PlanError(
+                    f"{name} was reparametrized (weight norm, spectral norm, ...) after a multiplier had been folded "
+                    "into it, which may take the multiplier out again. Reparametrize first and call dm.parametrize "
+                    "after it, or write how='wrap'"
+                )
+
+
+def _scaled(entry: PlannedParameter) -> bool:
+    width = entry.width.multiplier if entry.width else 1.0
+    return (entry.folded, entry.scale, entry.depth_multiplier, width) != (1.0, 1.0, 1.0, 1.0)
+
+
+def refuse_shared_with_others(model: nn.Module) -> None:
+    """Refuses a model whose parameters are planned already, as part of another module.
+
+    Raises:
+        PlanError: names the first such parameter.
+    """
+    known = planned_parameters()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known:
+            raise PlanError(
+                f"{name} was scaled already, as {known[id(parameter)][1]} of another module on which dm.parametrize "
+                "was called. Call it once, on the module that holds all of them"
+            )

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +18,9 @@ from torch import nn
 from torch_depthmup.errors import AmbiguousBranchError, TracingError
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap
-from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, residual_additions
+from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
 from torch_depthmup.tracing.graph import Graph, record
-from torch_depthmup.tracing.parameters import carrier_of, describe
+from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
 __all__ = ["Branch", "Pattern", "Producer", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
@@ -101,6 +102,8 @@ class Trace:
         shared: parameters that several branches, or a branch and the rest of the network, use in weight operations,
             with the names of those branches.
         reached: names of the parameters that the example inputs reached.
+        loose: matrices that weight operations outside all branches and shortcuts use, but for modules that the user has
+            excluded.
         uses: what the network does with each parameter.
         trunk: the parameters of norms on a residual stream itself, with the stream.
     """
@@ -109,6 +112,7 @@ class Trace:
     calls: Mapping[str, int] = field(default_factory=dict)
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
+    loose: frozenset[str] = frozenset()
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     trunk: Mapping[str, int] = field(default_factory=dict)
 
@@ -179,6 +183,7 @@ def trace(
     found = _without_inner_steps(graph, found)
     _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
+    loose = _loose_matrices(graph, found, chosen[1] or set())
 
     def kept(name: str, node: int) -> bool:
         owners = _owners(graph, name, node)
@@ -188,12 +193,22 @@ def trace(
     keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
     found, names = [found[i] for i in keep], [names[i] for i in keep]
     _refuse_doubtful([node for node in doubtful if kept("", node)], graph)
-    return _assemble(graph, found, names)
+    return dataclasses.replace(_assemble(graph, found, names), loose=loose)
 
 
 def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
     for residual in found:
-        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+        nested = nested_in(graph, residual, found)
+        others = [other for other in found if other is not residual and other.node not in nested]
+        bounds = Bounds(
+            addition=residual.node,
+            branch=residual.branch,
+            start=residual.start,
+            projection=residual.projection,
+            fed=residual.fed,
+            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch},
+        )
+        residual.parts = describe(graph, bounds)
 
 
 def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:
@@ -209,7 +224,7 @@ def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[Re
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
     streams, returned = _streams(graph, found), _returned(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
-    sides, shared = _sides(graph, found, names)
+    sides, shared = _sides(graph, found, names, streams)
     traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
@@ -323,33 +338,70 @@ def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
 
 
 def _sides(
-    graph: Graph, found: list[ResidualAddition], names: list[str]
+    graph: Graph, found: list[ResidualAddition], names: list[str], streams: list[int]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
-    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the shared weights."""
+    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the tied weights."""
     users: dict[str, dict[int, int]] = {}
-    matrices: set[str] = set()
     inside: set[int] = set()
     for i, residual in enumerate(found):
         inside |= residual.parts.nodes
         for name, side in residual.parts.sides.items():
             users.setdefault(name, {})[i] = side
-        matrices |= residual.parts.matrices
     elsewhere: set[str] = set()
     for i, node in enumerate(graph.nodes):
         if node.is_data and i not in inside:
             elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
     sides: dict[str, tuple[int, int]] = {}
-    shared: dict[str, tuple[str, ...]] = {}
     for name, at in users.items():
         innermost = min(at, key=lambda i: len(found[i].parts.nodes))
         nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
-        parallel = len({(found[i].start, side) for i, side in at.items()}) == 1
-        if name in elsewhere or not (nested or parallel):
-            if name in matrices:
-                shared[name] = tuple(names[i] for i in at)
-        else:
+        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
             sides[name] = (innermost, at[innermost])
-    return sides, shared
+    shared = users.keys() - sides.keys()
+    # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
+    # parameter is shared is one matrix at several depths.
+    factors = set().union(*(residual.parts.factors for residual in found))
+    tied = {name for factor in factors if factor <= shared for name in factor}
+    return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
+
+
+def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
+    """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
+
+    Joint attention has queries, keys and values of two streams in the branches of both.
+    """
+    if len(set(at.values())) > 1:
+        return False
+    from_one_place = len({found[i].start for i in at}) == 1
+    depths = {streams.count(streams[i]) for i in at}
+    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
+
+
+def _loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:
+    """Matrices that are used outside all residual branches, chosen by the user or not, and outside their shortcuts."""
+    accounted: set[int] = set().union(*(residual.parts.nodes for residual in found))
+    for residual in found:
+        if residual.projection:
+            accounted |= set(_indices(graph.only(residual.skip, residual.branch)))
+    inside, outside = set[str](), set[str]()
+    for i, node in enumerate(graph.nodes):
+        if node.is_weight_operation:
+            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+            (inside if i in accounted else outside).update(used)
+    return frozenset(name for name in outside - inside if not excluded & set(_above(name)))
+
+
+def _indices(bits: int) -> Iterator[int]:
+    """The positions of the ones in a bit set."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
+def _above(name: str) -> list[str]:
+    """The modules that hold a parameter or a module, from the outermost on."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts) - 1)]
 
 
 def _unique(owners: list[str]) -> list[str]:

@@ -1,0 +1,90 @@
+"""The multiplier that wrapping leaves on a module, and the class that makes the compiler see it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torch_depthmup as dm
+from torch_depthmup.scaling.hooks import BranchMultiplier
+
+
+def branch() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def wrapped() -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(*[dm.Residual(branch()) for _ in range(4)])
+    dm.parametrize(model, depth_multiplier=4, example_inputs=torch.randn(3, 8), how="wrap")
+    return model
+
+
+def test_a_wrapped_model_copies_pickles_and_keeps_its_state_dict() -> None:
+    model, x = wrapped(), torch.randn(3, 8)
+    plain = nn.Sequential(*[dm.Residual(branch()) for _ in range(4)])
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+        assert dm.plan_of(other) == dm.plan_of(model)
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(plain(x), model(x))  # the multiplier is in the module, not in the weights
+
+
+def test_a_wrapped_model_exports_and_compiles_whole() -> None:
+    model, x = wrapped(), torch.randn(3, 8)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(exported(x), model(x))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x))
+
+
+def test_the_multiplier_scales_one_element_of_a_tuple() -> None:
+    value = (torch.ones(2), None, torch.ones(2))
+    changed = BranchMultiplier(0.5, 2)(nn.Identity(), (), value)
+    assert changed[0] is value[0] and changed[1] is None and torch.equal(changed[2], torch.full((2,), 0.5))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(*[dm.Residual(branch()) for _ in range(4)])
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def block_by_block(model: nn.Module) -> nn.Module:
+    for block in model:
+        block.compile(backend="eager")
+    return model
+
+
+def multiplied_modules(model: nn.Module) -> nn.Module:
+    for block in model:
+        block.branch[2].compile(backend="eager")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [whole, block_by_block, multiplied_modules])
+@pytest.mark.parametrize("first", ["plain", "wrapped"])
+def test_compiled_twins_with_and_without_multipliers_do_not_share_code(compiled, first: str) -> None:
+    torch._dynamo.reset()
+    x, makers = torch.randn(3, 8), {"plain": plain, "wrapped": wrapped}
+    wanted = {name: make()(x) for name, make in makers.items()}
+    for name in (first, *(set(makers) - {first})):
+        assert torch.allclose(compiled(makers[name]())(x), wanted[name]), name
+
+
+def test_a_multiplied_module_is_still_of_its_class_and_undone_exactly_so() -> None:
+    model = wrapped()
+    assert isinstance(model[0].branch, nn.Sequential) and "torch_depthmup" not in repr(model[0].branch)
+    copied = copy.deepcopy(model)
+    assert type(copied[0].branch) is type(model[0].branch)
+    dm.undo(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain().modules()]

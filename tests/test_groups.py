@@ -1,0 +1,137 @@
+"""Groups: what the user wrote stays, what the plan scales is scaled, in whatever number type it was written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from blocks import Stack
+from optimizers import rates, step
+from torch import nn
+
+import torch_depthmup as dm
+from torch_depthmup.errors import OptimizerError, PlanError
+
+
+def test_group_options_override_and_stay_with_their_group(model: Stack) -> None:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": decayed, "weight_decay": 0.4},
+        {"params": plain, "lr": 0.2, "weight_decay": 0.0, "tag": "plain"},
+    ]
+    optimizer = dm.AdamW(groups, lr=0.1)
+    found = rates(optimizer, model)
+    assert found["blocks.0.fc2.weight"] == 0.025 and found["blocks.0.fc2.bias"] == 0.05
+    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert by_id[id(model.blocks[0].fc2.weight)]["weight_decay"] == pytest.approx(1.6)
+    assert by_id[id(model.blocks[0].fc2.bias)]["tag"] == "plain"
+    assert len(groups[0]) == 2 and len(groups[0]["params"]) == len(decayed)
+
+
+def test_names_stay_in_the_groups(model: Stack) -> None:
+    optimizer = dm.SGD(model.named_parameters(), lr=0.1)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_tensor_rates_get_tensors_of_their_own(model: Stack) -> None:
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = dm.AdamW(model, lr=lr, capturable=False, foreach=False)
+    values = [group["lr"] for group in optimizer.param_groups]
+    assert sorted(float(v) for v in values) == pytest.approx([0.025, 0.1, 0.1])
+    assert all(v.dtype == torch.float64 for v in values) and float(lr) == 0.1
+    step(model, optimizer)
+
+
+def test_unknown_and_repeated_parameters_are_refused(model: Stack) -> None:
+    extra = nn.Linear(3, 2)
+    with pytest.raises(
+        OptimizerError, match=r"2 parameters of group 0 belong to no parametrized model: \(2, 3\), \(2,\)"
+    ):
+        dm.AdamW([*model.parameters(), *extra.parameters()])
+    with pytest.raises(OptimizerError, match="stem.weight is listed twice, in group 0"):
+        dm.AdamW([*model.parameters(), model.stem.weight])
+    with pytest.raises(OptimizerError, match="stem.weight is listed twice, in groups 0 and 1"):
+        dm.AdamW([{"params": [model.stem.weight]}, {"params": [model.stem.weight]}])
+    with pytest.raises(TypeError, match="one of these is of type int"):
+        dm.AdamW([model.stem.weight, 3])
+    with pytest.raises(OptimizerError, match="belong to no parametrized model"):
+        dm.AdamW(extra)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        dm.AdamW([])
+    with pytest.raises(TypeError, match="single tensor"):
+        dm.AdamW(model.stem.weight)
+    with pytest.raises(TypeError, match="learning_rate"):
+        dm.AdamW(model, learning_rate=0.1)
+
+
+def test_groups_added_later_are_scaled_or_refused(model: Stack) -> None:
+    late = [model.blocks[7].fc1.weight, model.blocks[7].fc2.weight]
+    optimizer = dm.AdamW([p for p in model.parameters() if all(p is not q for q in late)], lr=0.1)
+    optimizer.add_param_group({"params": late, "lr": 0.4})
+    assert rates(optimizer, model)["blocks.7.fc1.weight"] == 0.4
+    assert rates(optimizer, model)["blocks.7.fc2.weight"] == 0.1
+    groups = [dict(group) for group in optimizer.param_groups]
+    for refused in ([*late, *nn.Linear(2, 2).parameters()], late):
+        with pytest.raises(OptimizerError, match="belong to no parametrized model|listed twice"):
+            optimizer.add_param_group({"params": refused})
+    assert optimizer.param_groups == groups, "what is refused leaves nothing behind"
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.float16, np.array, torch.tensor])
+def test_numbers_of_every_kind_are_scaled(model: Stack, kind) -> None:
+    optimizer = dm.SGD(model, lr=kind(0.5), weight_decay=float(kind(0.5)))
+    assert float(rates(optimizer, model)["blocks.0.fc2.weight"]) == 0.125
+    decayed = dm.AdamW(model, lr=0.1, weight_decay=kind(0.5) if kind is not torch.tensor else 0.5)
+    assert max(float(group["weight_decay"]) for group in decayed.param_groups) == 2.0
+
+
+def test_a_tensor_rate_is_one_tensor_a_group(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=torch.tensor(0.1))
+    assert len({id(group["lr"]) for group in optimizer.param_groups}) == len(optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group["lr"].mul_(0.5)
+    assert [float(g["lr"]) / g["lr_multiplier"] for g in optimizer.param_groups] == pytest.approx([0.05] * 3)
+
+
+def test_initial_rates_of_a_resume_recipe_are_scaled(model: Stack) -> None:
+    optimizer = dm.AdamW([{"params": list(model.parameters()), "initial_lr": 0.1}], lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0, last_epoch=5)
+    assert [g["lr"] / g["lr_multiplier"] for g in optimizer.param_groups] == pytest.approx([0.1] * 3)
+
+
+def test_parts_of_a_named_group_have_names_of_their_own(model: Stack) -> None:
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "name": "decay"},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "name": "rest", "weight_decay": 0.0},
+    ]
+    names = [group["name"] for group in dm.AdamW(groups, lr=0.1).param_groups]
+    assert len(set(names)) == len(names) and {"decay", "decay.1", "rest"} <= set(names)
+
+
+def test_a_replaced_branch_weight_is_refused_and_a_replaced_head_is_not(model: Stack) -> None:
+    model.head = nn.Linear(12, 7)
+    assert rates(dm.AdamW(model, lr=0.1), model)["head.weight"] == 0.1
+    model.blocks[0].fc2 = nn.Linear(24, 12)
+    with pytest.raises(PlanError, match="blocks.0.fc2.weight was replaced after dm.parametrize"):
+        dm.AdamW(model)
+
+
+def test_a_folded_weight_that_is_reparametrized_later_is_refused(model: Stack) -> None:
+    nn.utils.parametrizations.spectral_norm(model.blocks[0].fc2)
+    with pytest.raises(PlanError, match="was reparametrized.*after a multiplier had been folded"):
+        dm.AdamW(model)
+
+
+def test_each_group_may_have_a_family_of_its_own(model: Stack) -> None:
+    class Both(torch.optim.AdamW):
+        """Stands for Muon with an Adam for the rest in one class."""
+
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    optimizer = dm.optimizer(Both)([{"params": matrices}, {"params": rest, "family": "adamw"}], lr=0.1)
+    assert rates(optimizer, model) == rates(dm.AdamW(model, lr=0.1), model)
+    assert all("family" not in group for group in optimizer.param_groups)
+    with pytest.raises(OptimizerError, match="not of the family 'sgd'"):
+        dm.optimizer(Both)([{"params": matrices}, {"params": rest, "family": "sgd"}], lr=0.1)

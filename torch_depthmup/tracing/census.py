@@ -1,0 +1,103 @@
+"""Does what was found account for the model? Weights that grow with depth and lie in no branch are refused by name.
+
+A branch that the finder misses trains to a plausible, worse number. It leaves traces: matrices outside every branch
+that are more numerous in the model than in its base, and weights of one place that play one part in one block and
+another part in the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch_depthmup.errors import AmbiguousBranchError
+from torch_depthmup.tracing.branches import Branch, Trace, roles
+
+__all__ = ["check_census"]
+
+MANY = 3  # weights of one kind that repeat, where there is no base to compare with
+
+
+def check_census(trace: Trace, base: Trace | None = None) -> None:
+    """Refuses a trace that leaves weights unaccounted for.
+
+    Args:
+        trace: of the model.
+        base: of the model that one tunes on; without it, what repeats as often as the blocks do is taken to grow.
+
+    Raises:
+        AmbiguousBranchError: it names a weight, what is odd about it, and what to write.
+    """
+    layers = _layer_numbers(trace.branches)
+    parts: dict[str, dict[str, str]] = {}
+    for name, (_, side) in roles(trace.branches).items():
+        parts.setdefault(_kind(name, layers), {})[name] = side
+    for members in parts.values():
+        _refuse_unlike(members)
+    outside = _counted(trace.loose, layers)
+    there = {} if base is None else _counted(base.loose, _layer_numbers(base.branches))
+    repeated = {len(members) for members in parts.values() if len(members) >= MANY}
+    for kind, names in outside.items():
+        if base is not None and len(names) > len(there.get(kind, ())):
+            _refuse(names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base")
+        if base is None and kind in parts:
+            other = next(iter(parts[kind]))
+            _refuse(names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
+        if base is None and any(len(names) % count == 0 for count in repeated):
+            _refuse(names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
+
+
+def _refuse(name: str, why: str) -> None:
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name.rpartition(".")[0]) or "*"
+    raise AmbiguousBranchError(
+        f"{name} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps its "
+        "sum is written in a way that does not show (a fused operation, lerp, addcmul, stack and sum). Write it with "
+        f"+, or, if these weights are meant to stay as they are, exclude=['{pattern}']"
+    )
+
+
+def _refuse_unlike(members: Mapping[str, str]) -> None:
+    """Weights of one place must play one part in all blocks."""
+    if len(set(members.values())) < 2:
+        return
+    inner, outer = (next(name for name, side in members.items() if side == s) for s in ("inner", "outer"))
+    raise AmbiguousBranchError(
+        f"{inner} comes before the last weights of its branch and {outer}, of the same kind, is among them: two "
+        "branches were probably taken for one. Write each block with dm.Residual, or declare the modules that return "
+        "the branches: branches=[...]"
+    )
+
+
+def _counted(names: Iterable[str], layers: frozenset[str]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (name.endswith("bias"), name)):
+        kinds.setdefault(_kind(name, layers), []).append(name)
+    return kinds
+
+
+NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+
+
+def _layer_numbers(branches: Sequence[Branch]) -> frozenset[str]:
+    """What stands before numbers that count layers inside one branch, as in ``blocks.#.mlp.0`` and ``.2``."""
+    found: set[str] = set()
+    for branch in branches:
+        numbers: dict[str, set[str]] = {}
+        for name in (*branch.inner, *branch.outer):
+            for match in NUMBER.finditer(name):
+                numbers.setdefault(name[: match.start()], set()).add(match.group())
+        found |= {_blank(before) for before, several in numbers.items() if len(several) > 1}
+    return frozenset(found)
+
+
+def _blank(text: str) -> str:
+    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "#", text)
+
+
+def _kind(name: str, layers: frozenset[str]) -> str:
+    """A weight's place in its block: its name without the numbers of blocks."""
+
+    def keep_layers(match: re.Match[str]) -> str:
+        return match.group() if _blank(name[: match.start()]) in layers else "#"
+
+    return NUMBER.sub(keep_layers, name)
