@@ -16,6 +16,7 @@ from torch_depthmup.commands.sweep import learning_rates
 
 MODULE = """
 import math
+import warnings
 import torch
 from torch import nn
 from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         return self.head(self.blocks(x.unflatten(1, (8, 8))).mean(1))
 
 def warning(depth):
-    warnings.warn("this network\\nis slow", UserWarning)
+    warnings.warn("this network is slow", UserWarning)
     return make(depth)
 
 def always_two(depth):
@@ -276,6 +277,7 @@ def test_branches_whose_norms_stand_beside_them_are_folded_into_few_lines(here: 
     assert len(said.splitlines()) < 40 and max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_warning_takes_one_line_too(here: Path, capsys, tmp_path: Path) -> None:
     plan = ["plan", "user_net:warning", "user_net:data", "--depth", "16", "--base-depth", "2"]
     assert cli.main([*plan, "--out", str(tmp_path / "p.html")]) == 0

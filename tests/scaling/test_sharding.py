@@ -86,3 +86,42 @@ def test_a_sharded_model_is_not_watched_and_a_twin_that_loads_its_state_is(group
     direct.record(3)
     own = [[row["own"] for row in monitor.rows if row["kind"] == "layer"] for monitor in (watching, direct)]
     assert own[0] == pytest.approx(own[1], rel=1e-4) and min(own[0]) > 0
+
+
+def test_a_model_is_planned_on_meta_sharded_initialized_and_then_scaled(group: None) -> None:
+    """The order of torchtitan: meta, shard, materialise, initialize. It trains as the model in one process does."""
+
+    def initialize(model: torch.nn.Module) -> None:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.1)
+
+    base, plain = Stack(2, PreNorm), Stack(8, PreNorm)
+    initialize(base)
+    initialize(plain)
+    wanted = dm.parametrize(plain, base=base, example_inputs=X)
+    with torch.device("meta"):
+        model = Stack(8, PreNorm)
+    plan = dm.Plan.from_json(dm.plan(model, base=base, example_inputs=X).to_json())
+    assert plan["blocks.7.fc2.weight"].scale is None
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.to_local().data.copy_(torch.randn(parameter.shape) * 0.1)
+    assert dm.apply(model, plan).entries == wanted.entries
+    ours, theirs = dm.AdamW(model.parameters(), lr=0.01), dm.AdamW(plain.parameters(), lr=0.01)
+    torch.testing.assert_close(train(model, ours), train(plain, theirs))
+
+
+def test_a_plan_is_attached_to_a_model_that_is_scaled_already() -> None:
+    model, resumed = scaled(), Stack(8, PreNorm)
+    resumed.load_state_dict(model.state_dict())
+    plan = dm.attach(resumed, dm.plan_of(model))
+    assert rates(dm.AdamW(resumed.parameters(), lr=0.1)) == rates(dm.AdamW(model.parameters(), lr=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), model.parameters(), strict=True))
+    other = Stack(8, PreNorm)
+    dm.attach(other, plan, rates_only=True)
+    assert dm.plan_of(other).multipliers("blocks.0.fc2.weight", "adamw").lr == 0.5  # no fold to make up for
+    with pytest.raises(dm.DepthMuPError, match="made for another model"):
+        dm.attach(Stack(4, PreNorm), plan)

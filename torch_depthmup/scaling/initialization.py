@@ -27,8 +27,9 @@ from torch_depthmup.tracing.replay import Meter, run_metered
 __all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest"]
 
 SURE = 4.0  # standard errors by which a size must miss a power before it is taken for another
-LEAST = 0.03  # spread of branch sizes that is always there, in units of them: networks are of finite width
-SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ
+LEAST = 0.1  # spread of branch sizes, relative to them, that is always there: networks are of finite width
+SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ ...
+FEW = 4.0  # ... and this share of it more for each degree of freedom that is missing
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
 POWERS = (
     ((0.0, 0.0),),
@@ -66,7 +67,7 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     values = parameter.detach()
     size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
     largest, smallest = _number(values.max()), _number(values.min())
-    if largest == smallest or size == 0:  # gains at 1, biases at 0
+    if size == 0 or (largest == smallest and values.numel() > 1):  # biases at 0, gains at 1
         return InitialSize(size, 0.0)
     if bound is not None and max(largest, -smallest) <= bound * 1.01:
         uniform = bound / math.sqrt(3)
@@ -169,21 +170,22 @@ def forward_factor(sizes: Sequence[float], base_sizes: Sequence[float], depth_mu
         depth_multiplier: additions over those of the base.
 
     Returns:
-        A power of the depth multiplier, 1 where the sizes do not tell.
+        A power of the depth multiplier below 1; 1 where branches are as large as those of the base, or where chance
+        could explain that they are smaller.
     """
-    if not sizes or not base_sizes:
+    if not sizes or not base_sizes or depth_multiplier <= 1:
         return 1.0
     logs = [list(map(math.log, group)) for group in (sizes, base_sizes)]
     means = [sum(group) / len(group) for group in logs]
     spread = [sum((x - mean) ** 2 for x in group) for group, mean in zip(logs, means, strict=True)]
     free = max(len(logs[0]) + len(logs[1]) - 2, 1)
     deviation = max(math.sqrt(sum(spread) / free), LEAST)
-    error = deviation * math.sqrt(sum(1 / len(group) for group in logs))
+    # Of few branches the scatter may come out small by chance, so they must differ by more.
+    margin = SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
     difference = means[0] - means[1]
-    # Halfway between two exponents of the table lies what counts as the other one.
-    step = math.log(depth_multiplier) / 4
-    if abs(difference) < max(step / 2, SIGNIFICANT * error):
+    step = math.log(depth_multiplier) / 4  # a quarter of a power
+    if margin > step or difference > -max(step, margin):
         return 1.0
     exponent = round(difference / step) / 4
-    near = abs(difference - 4 * exponent * step) <= SIGNIFICANT * error + RELATIVE
+    near = abs(difference - 4 * exponent * step) <= margin + RELATIVE
     return depth_multiplier**exponent if near else math.exp(difference)
