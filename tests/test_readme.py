@@ -1,18 +1,22 @@
-"""The README's numbers against the code."""
+"""The README and the documentation against the code and the committed measurements; their Python runs."""
 
 from __future__ import annotations
 
+import csv
 import importlib
+import math
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
+from pages import PAGES, ROOT, code_of, run
 
 from torch_depthmup import cli
 from torch_depthmup.rules import FAMILIES, RULES, depth_multipliers
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
+README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^depthmup .*$", README, re.MULTILINE)
 ROWS = re.findall(r'^\| (`"[^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$', README, re.MULTILINE)
 
@@ -48,4 +52,41 @@ def test_the_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_command_on_ones_own_network_is_shown() -> None:
-    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"demo", "nfd"}
+    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"choose", "demo", "nfd"}
+
+
+@pytest.mark.parametrize("page", list(filter(code_of, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+def medians(setup: str, rule: str, depth: int) -> dict[float, float]:
+    """Learning rate -> median loss, of the runs that are committed."""
+    losses: dict[float, list[float]] = {}
+    with (ROOT / "examples" / "evidence" / f"cifar_transfer_{setup}.csv").open() as file:
+        for row in csv.DictReader(file):
+            if (row["rule"], int(row["depth"])) == (rule, depth):
+                losses.setdefault(float(row["lr"]), []).append(float(row["loss"]))
+    return {lr: median(values) for lr, values in losses.items()}
+
+
+def cell(setup: str, rule: str) -> str:
+    """Where the best learning rate is at each depth, and the loss of the deepest at that of the shallowest."""
+    curves = [medians(setup, rule, depth) for depth in (4, 16, 64)]
+    best = [min(curve, key=curve.__getitem__) for curve in curves]
+    places = [
+        f"{math.log2(lr):.0f}" if math.isfinite(curve[lr]) else "none" for curve, lr in zip(curves, best, strict=True)
+    ]
+    loss = curves[2][best[0]]
+    return f"{', '.join(places)}; {f'{loss:.3f}' if math.isfinite(loss) else 'diverged'}"
+
+
+@pytest.mark.parametrize("setup", ["adam", "sgd", "adam-norm"])
+def test_the_readmes_measurements_are_the_committed_ones(setup: str) -> None:
+    rules = ("mup", "depth-mup", "depth-mup-corrected", "complete-p")
+    assert f"| `{setup}` | {' | '.join(cell(setup, rule) for rule in rules)} |" in README
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") < 150

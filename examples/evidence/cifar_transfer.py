@@ -141,7 +141,9 @@ def main() -> None:
     print(f"{sum(run.seconds for run in sweep.runs):.0f} s of work, {time.perf_counter() - start:.0f} s now")
     sweep.frame().to_csv(options.out / f"{name}.csv", index=False, float_format="%.6g")
     title = f"CIFAR-10 at 16 pixels, one pass, width {WIDTH}, {options.setup}"
-    dm.diagnostics.plots.transfer_figure(sweep, title=title).savefig(options.figures / f"{name}.png", dpi=130)
+    figure = dm.diagnostics.plots.transfer_figure(sweep, title=title)
+    figure.axes[0].yaxis.set_major_formatter("{x:.2f}")
+    figure.savefig(options.figures / f"{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def plan(
     >>> def network(depth):
     ...     return torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(depth)])
     >>> with torch.device("meta"):
-    ...     deep, x = network(8), torch.ones(1, 8)
-    >>> dm.plan(deep, base=network(2), example_inputs=x)["7.branch.weight"].folded
+    ...     deep, small = network(8), network(2)
+    >>> dm.plan(deep, base=small, example_inputs=torch.ones(1, 8))["7.branch.weight"].folded
     0.5
 
     Raises:

@@ -7,6 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
@@ -14,7 +15,7 @@ from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
 
-__all__ = ["ResidualAddition", "nearest_additions", "residual_additions"]
+__all__ = ["ResidualAddition", "nearest_additions", "nested_in", "residual_additions"]
 
 
 class Verdict(enum.Enum):
@@ -26,13 +27,21 @@ class Verdict(enum.Enum):
 
 @dataclass
 class ResidualAddition:
-    """A candidate: the addition's node, its operands, and the node that the branch starts from."""
+    """A candidate: the addition's node, its operands, and the node that the branch starts from.
+
+    Args:
+        projection: the skip has weights, or the branch is not computed from the skip.
+        fed: the branch is not computed from its own stream, but from another one.
+        provisional: the skip has no weights, but is not linear: it counts if later additions go on from it.
+    """
 
     node: int
     branch: int
     skip: int
     start: int  # what the branch is computed from; the skip itself, but for `(x + a) + f` and projections
     projection: bool = False
+    fed: bool = False
+    provisional: bool = False
     parts: Parts = field(default_factory=Parts)
 
 
@@ -51,6 +60,9 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
             candidates[i] = found
         elif found is Verdict.DOUBTFUL:
             doubtful.append(i)
+    linked = _linked(graph, candidates)
+    doubtful += [i for i, candidate in candidates.items() if candidate.provisional and i not in linked]
+    candidates = {i: candidate for i, candidate in candidates.items() if i not in doubtful}
     if waiting:
         raise TracingError(
             f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
@@ -60,7 +72,9 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
     doubtful = [
         node
         for node in doubtful
-        if not any(_is_inside(graph, node, r) and node != r.start or _is_beside(graph, node, r.node) for r in accepted)
+        if not any(
+            (node != r.start and _is_inside(graph, node, r)) or _is_beside(graph, node, r.node) for r in accepted
+        )
     ]
     return accepted, doubtful
 
@@ -117,34 +131,67 @@ def _by_ways(
             # the start of a stream, such as the latents of a Perceiver.
             sums = [i for i in graph.consumers[skip] if graph.nodes[i].kind is Kind.ADD]
             used = graph.nodes[skip].is_data or len(sums) == 1
-            return (
-                ResidualAddition(node, branch, skip, skip) if between & masks.parametrised and used else Verdict.OTHER
-            )
+            is_branch = bool(between & masks.parametrised) and used
+            return ResidualAddition(node, branch, skip, skip) if is_branch else Verdict.OTHER
     if not all(graph.nodes[i].is_data for i in operands):
         return Verdict.OTHER
-    climbed = _sum_of_branches(graph, node, operands, candidates, masks)
-    return climbed or _short_way(graph, node, operands, masks)
+    return (
+        _carried_skip(graph, node, operands, candidates, masks)
+        or _fed_by_another_stream(graph, node, operands, candidates, masks)
+        or _short_way(graph, node, operands, masks)
+    )
 
 
-def _sum_of_branches(
+def _carried_skip(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
 ) -> ResidualAddition | None:
-    """``(x + a(x)) + f(x)``: the branch f is not computed from the first sum, but from what that sum's skip is.
+    """The skip is a cast, a copy, a multiple or a pooled value of what the branch is computed from; or a sum with it.
 
-    Or from what a scaled, cast or projected skip is made of, as in ``(0.9 x + a(x)) + f(x)``.
+    So is that of f in ``(x + a(x)) + f(x)``, whatever is done to x.
     """
     for skip, branch in (operands, operands[::-1]):
-        start, climbed = skip, False
+        start, across_weights = skip, False
         while not graph.reaches(branch, start):
             if start in candidates:
-                start, climbed = candidates[start].start, True
-            elif climbed and len(graph.data_inputs(start)) == 1:
-                start = graph.data_inputs(start)[0]
+                across_weights |= candidates[start].projection
+                start = candidates[start].start
+            elif _carries(graph, start, across_weights):
+                (start,) = graph.data_inputs(start)
             else:
                 break
-        if climbed and graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
+        if graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
             return ResidualAddition(node, branch, skip, start)
     return None
+
+
+def _carries(graph: Graph, i: int, across_weights: bool) -> bool:
+    """Whether a node only hands on its one data operand, rearranged, cast, multiplied or pooled."""
+    node = graph.nodes[i]
+    linear = node.kind.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
+    return len(graph.data_inputs(i)) == 1 and (across_weights if node.is_weight_operation else linear)
+
+
+def _fed_by_another_stream(
+    graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
+) -> ResidualAddition | None:
+    """``a = a + f(b)`` with b of another stream: the operand that comes from a residual addition is the skip."""
+    streams = [_comes_from_addition(graph, operand, candidates) for operand in operands]
+    if streams[0] == streams[1]:
+        return None
+    skip, branch = operands if streams[0] else operands[::-1]
+    if not graph.only(branch, skip) & masks.weights:
+        return None
+    return ResidualAddition(node, branch, skip, skip, projection=True, fed=True)
+
+
+def _comes_from_addition(graph: Graph, i: int, candidates: dict[int, ResidualAddition]) -> bool:
+    """Whether nothing but norms, activations and the like lies between a candidate and this node."""
+    while i not in candidates:
+        data = graph.data_inputs(i)
+        if len(data) != 1 or graph.nodes[i].is_weight_operation:
+            return False
+        i = data[0]
+    return True
 
 
 def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> ResidualAddition | Verdict:
@@ -162,7 +209,10 @@ def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> R
             return ResidualAddition(node, branch, skip, skip, projection=True)
         if nonlinear[1 - i] and weights[i] < weights[1 - i]:
             return ResidualAddition(node, branch, skip, skip, projection=True)
-    unsure = any(nonlinear) and all(weights) or all(nonlinear) and any(weights)
+    if all(nonlinear) and sorted(map(bool, weights)) == [False, True]:
+        skip, branch = operands if weights[1] else operands[::-1]
+        return ResidualAddition(node, branch, skip, skip, projection=True, fed=True, provisional=True)
+    unsure = any(nonlinear) and all(weights)
     return Verdict.DOUBTFUL if unsure else Verdict.OTHER
 
 
@@ -170,40 +220,75 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
     """Candidates, outermost first, less those that only look residual.
 
     An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
-    all layers add to their attention scores reaches later scores through the stream, but comes from outside. Unless it
-    is one of a chain of additions, each the skip of the next: a stream beside the branch's own, as in
-    ``a = a + f(b); b = b + g(a)``. A branch that ends in the sum of a linear and a nonlinear path is one branch of two
-    parallel paths.
+    all layers add to their attention scores reaches later scores through the stream, but comes from outside. (So does
+    another stream that the branch reads, but its additions are linked to each other by their skips.) A branch that
+    ends in the sum of a linear and a nonlinear path is one branch of two parallel paths.
     """
-    chained = _chained(graph, candidates)
     accepted: list[ResidualAddition] = []
+    linked = _linked(graph, candidates)
     for node in sorted(candidates, reverse=True):
         candidate = candidates[node]
         outside = [outer for outer in accepted if outer.start < node and not outer.projection]
         around = [outer for outer in outside if _is_inside(graph, node, outer)]
         if not any(
-            node not in chained
-            and not graph.reaches(candidate.start, outer.start)
-            or candidate.projection
-            and _ends_in(graph, outer, node)
+            (not graph.reaches(candidate.start, outer.start) and node not in linked)
+            or (candidate.projection and not candidate.fed and _ends_in(graph, outer, node))
             for outer in around
         ):
             accepted.append(candidate)
     nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, chained)]
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
+    collecting = _collecting(graph, kept)
+    kept = [r for r in kept if r.branch in declared or r.node not in collecting]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
 
 
-def _chained(graph: Graph, candidates: dict[int, ResidualAddition]) -> frozenset[int]:
-    """The additions that are the skip of another one, up to views, casts and constant factors, and those others."""
-    chained: set[int] = set()
+def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
+    """The candidates whose skip comes from another one, or from which another one's skip comes."""
+    linked: set[int] = set()
     for node, candidate in candidates.items():
-        i = candidate.skip
-        while i not in candidates and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
-            i = graph.data_inputs(i)[0]
-        if i in candidates:
-            chained |= {i, node}
-    return frozenset(chained)
+        before = nearest_additions(graph, candidate.skip, set(candidates))
+        linked.update(before, [node] if before else [])
+    return linked
+
+
+def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
+    """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
+    collected = {r.node for r in residuals if not graph.reaches(r.branch, r.skip)}
+    while True:
+        before = len(collected)
+        for residual in residuals:
+            read = {node for node in collected if graph.reaches(residual.branch, node)}
+            if residual.node not in collected:
+                read |= set(nearest_additions(graph, residual.skip, collected))
+            collected -= read
+        if len(collected) == before:
+            break
+    rest = [r.node for r in residuals if r.node not in collected]
+    # Else it is a last block, whose projected skip comes from where its branches do.
+    reads_layers = any(
+        graph.only(r.branch, r.start) >> node & 1 for r in residuals if r.node in collected for node in rest
+    )
+    goes_beside = any(not any(graph.reaches(end, node) for end in collected) for node in rest)
+    return collected if reads_layers and goes_beside else set()
+
+
+def nested_in(graph: Graph, outer: ResidualAddition, residuals: Sequence[ResidualAddition]) -> set[int]:
+    """The additions that lie in a branch as a stream of its own; not those of another stream that the branch reads."""
+    nodes = {residual.node for residual in residuals}
+    nested: set[int] = set()
+    for residual in sorted(residuals, key=lambda r: r.node):
+        if residual.node == outer.node or not _is_inside(graph, residual.node, outer):
+            continue
+        before = [
+            i
+            for i in nearest_additions(graph, residual.skip, nodes)
+            if i != outer.start and _is_inside(graph, i, outer)
+        ]
+        from_start = outer.projection or graph.reaches(residual.start, outer.start)
+        if from_start and not outer.fed and nested.issuperset({*before} - {outer.start}):
+            nested.add(residual.node)
+    return nested
 
 
 def _is_inside(graph: Graph, node: int, outer: ResidualAddition) -> bool:
@@ -217,21 +302,14 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], chained: frozenset[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], linked: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
-    if residual.projection and residual.node not in chained:
-        only = graph.only(residual.branch, residual.skip)
-        return any(only >> node & 1 for node in nodes & chained) or bool(
-            nearest_additions(graph, residual.branch, nodes, stop=residual.start)
-        )
+    nearest = nearest_additions(graph, residual.branch, nodes, stop=residual.start)
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
         inside = {node for node in nodes if only >> node & 1}
-        return bool(inside & set(nearest_additions(graph, residual.branch, nodes, stop=residual.start)))
-    return any(
-        graph.reaches(node, residual.start) and node != residual.start
-        for node in nearest_additions(graph, residual.branch, nodes, stop=residual.start)
-    )
+        return bool(inside & set(nearest)) or (residual.node not in linked and bool(inside & linked or nearest))
+    return any(graph.reaches(node, residual.start) and node != residual.start for node in nearest)
 
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
@@ -261,12 +339,12 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
         while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
             i = graph.data_inputs(i)[0]
             steps.append(i)
+        if i in waiting and graph.reaches(skip, branch):
+            raise TracingError(
+                f"{waiting[i]}: declared as a branch, but what it is added to is computed from what it returns: it is "
+                "the skip. Declare the module that returns the other operand"
+            )
         if i in waiting:
-            if graph.reaches(skip, branch):
-                raise TracingError(
-                    f"{waiting[i]}: declared as a branch, but what it returns is the skip: the other operand of the "
-                    "addition is computed from it. Name the module that returns the other operand"
-                )
             del waiting[i]
             return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
     return None

@@ -18,9 +18,9 @@ from torch import nn
 from torch_depthmup.errors import AmbiguousBranchError, TracingError
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap
-from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, residual_additions
+from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
 from torch_depthmup.tracing.graph import Graph, record
-from torch_depthmup.tracing.parameters import carrier_of, describe
+from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
 __all__ = ["Branch", "Pattern", "Producer", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
@@ -198,7 +198,17 @@ def trace(
 
 def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
     for residual in found:
-        residual.parts = describe(graph, residual.node, residual.branch, residual.start, residual.projection, found)
+        nested = nested_in(graph, residual, found)
+        others = [other for other in found if other is not residual and other.node not in nested]
+        bounds = Bounds(
+            addition=residual.node,
+            branch=residual.branch,
+            start=residual.start,
+            projection=residual.projection,
+            fed=residual.fed,
+            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch},
+        )
+        residual.parts = describe(graph, bounds)
 
 
 def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
-from torch_depthmup.tracing.operations import Kind, addition_operands, kind_of
+from torch_depthmup.tracing.operations import Kind, Sums, addition_operands, kind_of, kind_of_write
 
 __all__ = ["Addition", "Graph", "Node", "record"]
 
@@ -98,21 +98,29 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
-        self.additions: list[tuple[Any, tuple[Any, Any], tuple[str, ...]]] = []
-        self.subtracts: list[bool] = []
-        self.returned: list[tuple[str, list[Any]]] = []
+        self.sums = Sums()
+        # Every sum: its edge, those of its operands where Python names both, and the modules that were running.
+        self.additions: list[tuple[Edge | None, tuple[Edge | None, ...] | None, tuple[str, ...]]] = []
+        self.writes: dict[Edge, str] = {}  # the edge of an in-place write into a view, and the function that wrote
+        self.returned: list[tuple[str, list[tuple[Edge | None, Edge | None]]]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
             return True  # no data, no answer: libraries ask for shortcuts, such as "is the mask all ones?"
-        operands = addition_operands(func, args, kwargs or {})
-        if operands is None:
-            return func(*args, **(kwargs or {}))
-        before = (_producer(operands[0]), _producer(operands[1]))
-        result = func(*args, **(kwargs or {}))
-        # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
-        self.additions.append((_producer(result), before, tuple(self.stack)))
-        self.subtracts.append("sub" in func.__name__)
+        kwargs = kwargs or {}
+        is_sum, summands = self.sums.operands(func, args, kwargs) is not None, addition_operands(func, args, kwargs)
+        before = None if summands is None else tuple(map(_producer, summands))
+        if summands is not None and _is_in_place(func):
+            before = _written(summands[0]), _producer(summands[1])
+        result = func(*args, **kwargs)
+        edge, written = _producers(result)
+        if written is not None and type(written[0]).__name__ == "CopySlices" and written not in self.writes:
+            edge = written
+            self.writes[written] = func.__name__
+        self.sums.note(func, args, kwargs, result)
+        if is_sum:
+            # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
+            self.additions.append((edge, before, tuple(self.stack)))
         return result
 
     @contextlib.contextmanager
@@ -124,7 +132,7 @@ class _Recorder(TorchFunctionMode):
             self.stack.pop()
             if id(module) in self.names:
                 outputs = output if isinstance(output, tuple | list) else (output,)
-                self.returned.append((self.names[id(module)], [_producer(value) for value in outputs]))
+                self.returned.append((self.names[id(module)], [_producers(value) for value in outputs]))
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enter),
@@ -148,6 +156,21 @@ def _producer(value: Any) -> Edge | None:
         return None
     edge = torch.autograd.graph.get_gradient_edge(value)
     return edge.node, edge.output_nr
+
+
+def _producers(value: Any) -> tuple[Edge | None, Edge | None]:
+    """A tensor's edge, and that of what it is a view of: an in-place sum replaces the former."""
+    return _producer(value), _written(value) if isinstance(value, Tensor) else None
+
+
+def _is_in_place(func: Callable) -> bool:
+    return func.__name__ in ("__iadd__", "__isub__") or func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+def _written(value: Tensor) -> Edge | None:
+    """The edge that an in-place function writes to: that of the tensor itself, or of what it is a view of."""
+    base = value._base if value._is_view() else None
+    return _producer(value if base is None else base)
 
 
 def record(model: nn.Module, example_inputs: Any) -> Graph:
@@ -210,69 +233,94 @@ def _operands(edge: Edge) -> list[Edge]:
 
 
 def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
-    index = {node: i for i, node in enumerate(order)}
+    index: dict[Edge, int] = {}
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
     nodes: list[Node] = []
-    consumers: list[list[int]] = [[] for _ in order]
-    in_place = _sums_into_views(recorder, index)
-    for i, (autograd_node, _) in enumerate(order):
-        kind = in_place[i].kind if i in in_place else None
-        nodes.append(_node(autograd_node, nodes, index, parameters, ndims, kind))
-        for j in nodes[i].inputs:
+    for edge in order:
+        for kind, inputs in _steps(edge, nodes, index, recorder.writes):
+            nodes.append(_node(kind, inputs, edge[0], nodes, parameters, ndims))
+        index[edge] = len(nodes) - 1
+    consumers: list[list[int]] = [[] for _ in nodes]
+    for i, node in enumerate(nodes):
+        for j in node.inputs:
             if j >= 0:
                 consumers[j].append(i)
     additions = {}
     for ordinal, (result, operands, modules) in enumerate(recorder.additions):
-        if result in index and all(operand in index for operand in operands):
-            first, second = operands
-            additions[index[result]] = Addition(ordinal, (index[first], index[second]), modules)
-    for i, view in in_place.items():
-        first, second = nodes[i].inputs[:2]
-        additions[i] = Addition(view.ordinal, (first, second), recorder.additions[view.ordinal][2])
+        if result is None or result not in index or not nodes[index[result]].kind.is_sum:
+            continue
+        first, second = (
+            nodes[index[result]].inputs[:2]
+            if operands is None
+            else (index.get(edge) if edge else None for edge in operands)
+        )
+        if first is not None and second is not None:
+            additions[index[result]] = Addition(ordinal, (first, second), modules)
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
-        outputs_of.setdefault(name, []).append([index.get(node, -1) for node in returned])
+        outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
 
 
-@dataclass(frozen=True)
-class _SumIntoView:
-    """A sum written into a view, ``h = fc(x); h += x`` on three-dimensional x: autograd calls it CopySlices."""
-
-    ordinal: int
-    kind: Kind
-
-
-def _sums_into_views(recorder: _Recorder, index: Mapping[Edge, int]) -> dict[int, _SumIntoView]:
-    """By the index of their CopySlices node."""
-    found: dict[int, _SumIntoView] = {}
-    for ordinal, (result, _, _) in enumerate(recorder.additions):
-        edge = result
-        while edge in index and kind_of(type(edge[0]).__name__) is Kind.VIEW and len(_operands(edge)) == 1:
-            (edge,) = _operands(edge)
-        if edge in index and type(edge[0]).__name__ == "CopySlices" and len(_operands(edge)) == 2:
-            kind = Kind.SUBTRACT if recorder.subtracts[ordinal] else Kind.ADD
-            found.setdefault(index[edge], _SumIntoView(ordinal, kind))
-    return found
-
-
-def _node(
-    autograd_node: Any,
-    nodes: list[Node],
-    index: Mapping[Edge, int],
-    parameters: Mapping[int, tuple[str, int]],
-    ndims: Mapping[str, int],
-    kind: Kind | None,
-) -> Node:
+def _steps(
+    edge: Edge, nodes: list[Node], index: Mapping[Edge, int], writes: Mapping[Edge, str]
+) -> list[tuple[Kind, tuple[int, ...]]]:
+    """What a node does, each step with its operands: a fused one multiplies first and adds then."""
+    autograd_node = edge[0]
+    name = type(autograd_node).__name__
     custom = issubclass(type(autograd_node), torch.autograd.function.BackwardCFunction)
-    kind = kind or kind_of(type(autograd_node).__name__, custom)
+    kind = kind_of(name, custom) if name != "CopySlices" else kind_of_write(writes.get(edge, ""))
     if kind is Kind.CHECKPOINT:
         raise TracingError(
             "gradient checkpointing (use_reentrant=True) hides the graph. Switch it off while tracing, for example "
             "model.gradient_checkpointing_disable(), or write use_reentrant=False"
         )
-    inputs = tuple(-1 if next_[0] is None else index[next_] for next_ in autograd_node.next_functions)
+    inputs = _indices(autograd_node, index)
+    operation, following = name.partition("Backward")[0], len(nodes)
+    if operation in ("Addcmul", "Addcdiv"):
+        product = Kind.MULTIPLY if operation == "Addcmul" else Kind.DIVIDE
+        return [(product, inputs[1:]), (Kind.ADD, (inputs[0], following))]
+    if operation in ("Addmm", "Baddbmm", "Addmv") and inputs[0] >= 0 and nodes[inputs[0]].is_data:
+        return [(kind, inputs[1:]), (Kind.ADD, (inputs[0], following))]
+    if operation == "Lerp":
+        weight = inputs[2] if len(inputs) > 2 else -1
+        difference, step = (Kind.SUBTRACT, (inputs[1], inputs[0])), (Kind.MULTIPLY, (following, weight))
+        return [difference, step, (Kind.ADD, (inputs[0], following + 1))]
+    if operation in ("IndexAdd", "ScatterAdd") and min(inputs) >= 0:
+        return [(Kind.ADD, inputs)]
+    if operation in ("Sum", "Mean") and (stacked := _stacked(autograd_node)) is not None:
+        return [(Kind.ADD, _indices(stacked, index))]
+    return [(kind, inputs)]
+
+
+def _indices(autograd_node: Any, index: Mapping[Edge, int]) -> tuple[int, ...]:
+    return tuple(-1 if next_[0] is None else index[next_] for next_ in autograd_node.next_functions)
+
+
+def _index(index: Mapping[Edge, int], edge: Edge | None, base: Edge | None) -> int:
+    """Where a returned value is in the graph: itself, or what it was a view of; else -1."""
+    return next((index[found] for found in (edge, base) if found is not None and found in index), -1)
+
+
+def _stacked(autograd_node: Any) -> Any:
+    """The stack of two tensors that a sum over its new dimension undoes."""
+    before = autograd_node.next_functions[0][0]
+    dims: tuple[int, ...] = getattr(autograd_node, "_saved_dim", None) or ()
+    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2 or len(dims) != 1:
+        return None
+    ndim = len(autograd_node._input_metadata[0].shape) + (not autograd_node._saved_keepdim)
+    return before if dims[0] % ndim == before._saved_dim % ndim and not autograd_node._saved_keepdim else None
+
+
+def _node(
+    kind: Kind,
+    inputs: tuple[int, ...],
+    autograd_node: Any,
+    nodes: list[Node],
+    parameters: Mapping[int, tuple[str, int]],
+    ndims: Mapping[str, int],
+) -> Node:
     present = [nodes[j] for j in inputs if j >= 0]
     weights = frozenset[str]().union(*(operand.weights for operand in present))
     ancestors = 1 << len(nodes)

@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Kind", "addition_operands", "kind_of"]
+__all__ = ["Kind", "Operands", "Sums", "kind_of", "kind_of_write"]
 
 
 class Kind(enum.Enum):
@@ -29,8 +31,8 @@ class Kind(enum.Enum):
     VIEW = "rearranges or copies one tensor"
     LOOKUP = "picks entries of a tensor by number"
     LINEAR = "otherwise linear in its one operand"
-    MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
     HOMOGENEOUS = "not linear, but commutes with a positive factor: f(m x) = m f(x)"
+    MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
     CHECKPOINT = "re-entrant gradient checkpointing, which hides what it runs"
     OTHER = "anything else, taken for nonlinear"
 
@@ -52,7 +54,7 @@ class Kind(enum.Enum):
     @property
     def keeps_positive_factors(self) -> bool:
         """Whether a positive multiple of the data operand gives the same multiple of the value."""
-        return self.is_linear or self in (Kind.MAX_POOL, Kind.HOMOGENEOUS)
+        return self.is_linear or self in (Kind.HOMOGENEOUS, Kind.MAX_POOL)
 
     @property
     def takes_one_factor_of_data(self) -> bool:
@@ -97,8 +99,8 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.LOOKUP, rf"(Embedding|EmbeddingBag|Index|IndexSelect|Gather){_SUFFIX}"),
     (Kind.VIEW, rf"({_VIEWS}){_SUFFIX}"),
     (Kind.LINEAR, rf"({_LINEAR}){_SUFFIX}|CopySlices"),
-    (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
     (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|Abs)Backward\d*"),
+    (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _NAMES)
 
@@ -126,7 +128,10 @@ ADDITIONS = frozenset(
 """Names of the torch functions and tensor methods that add two tensors."""
 
 
-def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+Operands = tuple[Tensor, Tensor]
+
+
+def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Operands | None:
     """The two tensors that a call adds; ``None`` where it adds a number (a counter's ``n.add_(1)``) or does else."""
     if getattr(func, "__name__", "") not in ADDITIONS:
         return None
@@ -134,3 +139,80 @@ def addition_operands(func: Callable, args: tuple, kwargs: Mapping[str, Any]) ->
     if len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
         return None
     return operands[0], operands[1]
+
+
+def _matrix_sum(product: Callable) -> Callable[..., Operands]:
+    def operands(input: Tensor, one: Tensor, two: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Operands:
+        return beta * input, alpha * product(one, two)
+
+    return operands
+
+
+FUSED: Mapping[str, Callable[..., Operands]] = {
+    "addcmul": lambda input, tensor1, tensor2, *, value=1: (input, value * tensor1 * tensor2),
+    "addcdiv": lambda input, tensor1, tensor2, *, value=1: (input, value * tensor1 / tensor2),
+    "addmm": _matrix_sum(torch.mm),
+    "addmv": _matrix_sum(torch.mv),
+    "baddbmm": _matrix_sum(torch.bmm),
+    "lerp": lambda input, end, weight: (input, weight * (end - input)),
+    "index_add": lambda input, dim, index, source, *, alpha=1: (
+        input,
+        torch.zeros_like(input).index_add(dim, index, source, alpha=alpha),
+    ),
+    "scatter_add": lambda input, dim, index, src: (input, torch.zeros_like(input).scatter_add(dim, index, src)),
+}
+"""Functions that add a tensor and something that they compute, by name: their two summands from their arguments."""
+
+
+class Sums:
+    """Tells the calls that add two tensors, in whatever spelling, from all others, in the order of a forward pass."""
+
+    def __init__(self) -> None:
+        self.stacked: Any = (
+            WeakIdKeyDictionary()
+        )  # what torch.stack returned: its two tensors and where it stacked them
+
+    def operands(self, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable[[], Operands] | None:
+        """What computes the two summands of a call; ``None`` where it is no sum of two tensors."""
+        plain = addition_operands(func, args, kwargs)
+        if plain is not None:
+            return lambda: plain
+        name = getattr(func, "__name__", "").removesuffix("_")
+        if name in FUSED:
+            return lambda: FUSED[name](*args, **kwargs)
+        if name in ("sum", "mean") and args and isinstance(args[0], Tensor) and args[0] in self.stacked:
+            (first, second), dim = self.stacked[args[0]]
+            over = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            over = over[0] if isinstance(over, tuple | list) and len(over) == 1 else over
+            if isinstance(over, int) and over % args[0].ndim == dim and not kwargs.get("keepdim"):
+                part = 0.5 if name == "mean" else 1.0
+                return lambda: (first * part, second * part)
+        return None
+
+    def note(self, func: Callable, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        """Remembers what a call stacked, in case that it is summed next."""
+        if getattr(func, "__name__", "") == "stack" and isinstance(result, Tensor):
+            tensors = tuple(args[0] if args else kwargs["tensors"])
+            if len(tensors) == 2:
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+                self.stacked[result] = tensors, dim % result.ndim
+
+
+def kind_of_write(name: str) -> Kind:
+    """The kind of the node that an in-place function leaves when it writes into a view, by the function's name."""
+    name = name.strip("_").removeprefix("i")
+    for kind, names in _WRITES.items():
+        if name in names:
+            return kind
+    return Kind.OTHER
+
+
+_WRITES = {
+    Kind.ADD: ("add",),
+    Kind.SUBTRACT: ("sub", "subtract"),
+    Kind.MULTIPLY: ("mul", "multiply"),
+    Kind.DIVIDE: ("div", "divide", "truediv"),
+    Kind.HOMOGENEOUS: ("relu", "leaky_relu", "threshold"),
+    # An empty name: a function that Python does not see, as those inside of torch's own ones are.
+    Kind.LINEAR: ("", "copy", "setitem", "zero", "fill", "masked_fill", "dropout", "index_put", "index_copy", "neg"),
+}

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch_depthmup.tracing.graph import Graph, Node
 from torch_depthmup.tracing.operations import Kind
 
-__all__ = ["Parts", "carrier_of", "describe"]
+__all__ = ["Bounds", "Parts", "carrier_of", "describe"]
 
 INNER, OUTER = 0, 1
-
-
-class _Addition(Protocol):
-    node: int
-    skip: int
 
 
 @dataclass
@@ -39,12 +32,26 @@ class Parts:
     owner: str = ""
 
 
-def describe(
-    graph: Graph, addition: int, branch: int, start: int, projection: bool, residuals: Sequence[_Addition]
-) -> Parts:
-    """The parts of a branch that ends in node ``branch`` and starts from node ``start``."""
-    others = {residual.node: residual.skip for residual in residuals if residual.node != addition}
-    nodes = _between(graph, addition, branch, start, projection, others)
+@dataclass(frozen=True)
+class Bounds:
+    """Where a branch is: from ``start`` to ``branch``, which is an operand of ``addition``.
+
+    ``projection`` and ``fed`` as in `ResidualAddition`. ``others`` are nodes of other streams: a branch may read them,
+    but ends there.
+    """
+
+    addition: int
+    branch: int
+    start: int
+    projection: bool
+    fed: bool
+    others: frozenset[int]
+
+
+def describe(graph: Graph, bounds: Bounds) -> Parts:
+    """The parts of a branch."""
+    nodes = _between(graph, bounds)
+    branch, start, projection = bounds.branch, bounds.start, bounds.projection
     level: dict[int, int] = {}
     for i in sorted(nodes):
         below = max((level[j] for j in graph.data_inputs(i) if j in nodes), default=0)
@@ -67,22 +74,18 @@ def describe(
     return Parts(nodes, level, level[branch], sides, frozenset(factors), owner)
 
 
-def _between(
-    graph: Graph, addition: int, branch: int, start: int, projection: bool, others: Mapping[int, int]
-) -> frozenset[int]:
-    """Data nodes after ``start`` up to ``branch``: those computed from the start, and those that nothing else uses.
-
-    Not beyond a residual addition (by its skip in ``others``) of another stream, whose skip comes from elsewhere.
-    """
+def _between(graph: Graph, bounds: Bounds) -> frozenset[int]:
+    """Data nodes after the start up to the branch: those computed from the start, and those that nothing else uses."""
     nodes: set[int] = set()
-    pending, seen = [-branch], {branch}
+    start = bounds.start
+    pending, seen = [-bounds.branch], {bounds.branch}
     while pending:
         # Consumers come after a node, so in descending order they are decided before it.
         i = -heapq.heappop(pending)
-        inside = not graph.reaches(start, i) if projection else i != start and graph.reaches(i, start)
-        foreign = i in others and not (inside and (projection or graph.reaches(others[i], start)))
-        used_here = all(j in nodes or j == addition and i == branch for j in graph.consumers[i])
-        if foreign or not inside and (i == start or graph.reaches(start, i) or not used_here):
+        used_here = all(j in nodes or j == bounds.addition and i == bounds.branch for j in graph.consumers[i])
+        if i in bounds.others or i == start or not (_computed_inside(graph, i, bounds) or used_here):
+            continue
+        if graph.reaches(start, i):
             continue
         nodes.add(i)
         for j in graph.data_inputs(i):
@@ -90,6 +93,12 @@ def _between(
                 seen.add(j)
                 heapq.heappush(pending, -j)
     return frozenset(nodes)
+
+
+def _computed_inside(graph: Graph, i: int, bounds: Bounds) -> bool:
+    if bounds.fed:
+        return False
+    return not graph.reaches(bounds.start, i) if bounds.projection else graph.reaches(i, bounds.start)
 
 
 def _owner(matrices: set[str]) -> str:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.running import call, exact_matrix_products, fresh, has_batch_statistics, quiet
 from torch_depthmup.tracing.branches import Trace
-from torch_depthmup.tracing.operations import addition_operands
+from torch_depthmup.tracing.operations import FUSED, Operands, Sums
 
 __all__ = ["AtAdditions", "Meter", "run_metered"]
 
@@ -28,21 +28,21 @@ class AtAdditions(TorchFunctionMode):
         super().__init__()
         self.sites = {t.site.ordinal: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
         self.ordinal = -1
+        self.sums = Sums()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        operands = addition_operands(func, args, kwargs)
-        if operands is None:
-            return func(*args, **kwargs)
-        self.ordinal += 1
-        if self.ordinal not in self.sites:
-            return func(*args, **kwargs)
-        position, branch = self.sites[self.ordinal]
-        return self.meet(branch, position, operands, func, args, kwargs)
+        operands = self.sums.operands(func, args, kwargs)
+        if operands is not None:
+            self.ordinal += 1
+        if operands is not None and self.ordinal in self.sites:
+            position, branch = self.sites[self.ordinal]
+            return self.meet(branch, position, operands(), func, args, kwargs)
+        result = func(*args, **kwargs)
+        self.sums.note(func, args, kwargs, result)
+        return result
 
-    def meet(
-        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def meet(self, branch: int, position: int, operands: Operands, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What ``func(*args, **kwargs)`` should return; ``operands[position]`` is the branch's value."""
         return func(*args, **kwargs)
 
@@ -54,12 +54,16 @@ class Meter(AtAdditions):
         super().__init__(found)
         self.visit = visit
 
-    def meet(
-        self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def meet(self, branch: int, position: int, operands: Operands, func: Callable, args: tuple, kwargs: dict) -> Any:
         value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
         if value is None:
             return func(*args, **kwargs)
+        if func.__name__.removesuffix("_") in (*FUSED, "sum", "mean"):
+            result = operands[1 - position] + value
+            if not func.__name__.endswith("_"):
+                return result
+            with torch.no_grad():
+                return args[0].copy_(result)
         if position == 0 and func.__name__ in ("add_", "sub_", "subtract_", "__iadd__", "__isub__"):
             with torch.no_grad():
                 operands[0].copy_(value)  # the caller goes on with this very tensor

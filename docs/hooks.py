@@ -1,0 +1,108 @@
+"""Writes what the pages say from the code and from committed measurements, so that neither can grow old.
+
+A page holds ``{{ NAME }}`` or ``{{ NAME ARGUMENT }}`` on a line of its own, NAME one of `WRITERS`. mkdocs calls
+`on_files` and, for each page, `on_page_markdown`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from torch_depthmup import cli
+from torch_depthmup.diagnostics.monitor.recording import COLUMNS
+from torch_depthmup.diagnostics.transfer.result import Sweep, cells, reading
+from torch_depthmup.diagnostics.transfer.runs import Job, Run
+from torch_depthmup.rules import FAMILIES, RULES, predicted_slopes
+
+ROOT = Path(__file__).parents[1]
+ASKED = re.compile(r"^\{\{ (\w+)(?: (\S+))? \}\}$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Figures of examples/figures as figures/ of the site."""
+    for path in sorted((ROOT / "examples" / "figures").glob("*.png")):
+        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page with every ``{{ name argument }}`` replaced by what the function of that name writes."""
+    return ASKED.sub(lambda found: WRITERS[found[1]](*filter(None, [found[2]])), markdown)
+
+
+def rules() -> str:
+    """A row for each rule: the exponents of r, the depth over that of the base."""
+    rows = []
+    for name, rule in RULES.items():
+        numbers = [-rule.alpha, rule.sgd, rule.sgd + rule.correction, rule.adam, rule.adam + rule.correction]
+        rows.append([f'`"{name}"`', *map(_power, numbers), "yes" if rule.width else "no"])
+    header = ["`rule=`", "branch", "SGD outer", "SGD inner", "Adam-like outer", "Adam-like inner", "mup's width"]
+    return table(header, rows)
+
+
+def _power(exponent: float) -> str:
+    return "1" if exponent == 0 else f"r^{exponent:g}"
+
+
+def slopes() -> str:
+    """The slopes over depth that each rule predicts, from `predicted_slopes`, with SGD; Adam's are the same."""
+    found = {name: predicted_slopes(rule, FAMILIES["sgd"]) for name, rule in RULES.items() if rule.scales_depth}
+    header = ["rule", "inner layers' own update", "outer layers' own update", "stream's update", "function's update"]
+    return table(header, [[f"`{name}`", *(f"{value:g}" for value in of.values())] for name, of in found.items()])
+
+
+def columns() -> str:
+    """The names of a monitor's columns."""
+    return ", ".join(f"`{name}`" for name in COLUMNS) + "."
+
+
+def commands() -> str:
+    """The help of every command, as the command prints it."""
+    texts = []
+    for name, (module, _) in cli.COMMANDS.items():
+        parser = argparse.ArgumentParser(prog=f"depthmup {name}")
+        importlib.import_module(module).add_arguments(parser)
+        texts.append(f"## depthmup {name}\n\n```text\n{parser.format_help()}```")
+    return "\n\n".join(texts)
+
+
+def sweep_of(path: str) -> Sweep:
+    """The sweep whose `frame()` was written to this CSV file, relative to the repository."""
+    with (ROOT / path).open() as file:
+        rows = list(csv.DictReader(file))
+    jobs = [Job(row["rule"], int(row["depth"]), float(row["lr"]), int(row["seed"])) for row in rows]
+    losses = [math.inf if row["diverged"] == "True" else float(row["loss"]) for row in rows]
+    times = [float(row["seconds"]) for row in rows]
+    return Sweep(tuple(map(Run, jobs, losses, times)))
+
+
+def transfer(path: str) -> str:
+    """Optima, moves and regrets of a committed sweep, and what it says in words."""
+    sweep = sweep_of(path)
+    header, rows = cells(sweep)
+    return table(header, [[f"`{name}`", *rest] for name, rest in rows]) + f"\n\n{reading(sweep)}"
+
+
+def table(header: Any, rows: Any) -> str:
+    """A table in Markdown."""
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+WRITERS: dict[str, Callable[..., str]] = {
+    "rules": rules,
+    "slopes": slopes,
+    "columns": columns,
+    "commands": commands,
+    "transfer": transfer,
+}

@@ -1,0 +1,87 @@
+"""The whole network is measured: a multiplier that reaches anything but its addition is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_depthmup as dm
+from torch_depthmup.errors import DepthMuPError, MeasurementError
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Residual blocks whose branches' last weights give something else besides."""
+
+    def __init__(self, depth: int, last: int, forward):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(8, 12) for _ in range(depth))
+        self.last = nn.ModuleList(nn.Linear(12, last) for _ in range(depth))
+        self.aux, self.way = nn.Linear(8, 3), forward
+
+    def forward(self, x: Tensor):
+        return self.way(self, x)
+
+
+def tapped(net: Net, x: Tensor):
+    taps = []
+    for first, last in zip(net.first, net.last, strict=True):
+        f = last(torch.tanh(first(x)))
+        x = x + f
+        taps.append(f)
+    return x, torch.stack(taps)
+
+
+def skip_halves(net: Net, x: Tensor) -> Tensor:
+    skips = []
+    for first, last in zip(net.first, net.last, strict=True):
+        f, skip = last(torch.tanh(first(x))).chunk(2, -1)
+        x = x + f
+        skips.append(skip)
+    return torch.cat(skips, -1)
+
+
+def auxiliary_head(net: Net, x: Tensor):
+    aux = []
+    for first, last in zip(net.first, net.last, strict=True):
+        f = last(torch.tanh(first(x)))
+        x = x + f
+        aux.append(net.aux(f))
+    return {"out": x, "aux": aux}
+
+
+def one_tap(net: Net, x: Tensor):
+    """Only the last block's value is returned as well."""
+    for first, last in zip(net.first, net.last, strict=True):
+        f = last(torch.tanh(first(x)))
+        x = x + f
+    return x, f
+
+
+CASES = {"tapped": (8, tapped), "halves": (16, skip_halves), "auxiliary": (8, auxiliary_head), "one": (8, one_tap)}
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_value_that_is_used_twice_is_refused_and_the_model_left_alone(name: str, how) -> None:
+    last, forward = CASES[name]
+    model = Net(8, last, forward)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(DepthMuPError, match="used for something else besides the residual|nothing to wrap"):
+        dm.parametrize(model, base=Net(2, last, forward), example_inputs=X, how=how)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_branch_that_does_it_is_named() -> None:
+    with pytest.raises(MeasurementError, match=r"last\.7\.weight.*output 1 \(of 2\)"):
+        dm.parametrize(Net(8, 8, one_tap), base=Net(2, 8, one_tap), example_inputs=X)
+
+
+def test_without_the_second_use_it_is_scaled() -> None:
+    def plain(net: Net, x: Tensor) -> Tensor:
+        return tapped(net, x)[0]
+
+    assert len(dm.parametrize(Net(8, 8, plain), base=Net(2, 8, plain), example_inputs=X).branches) == 8

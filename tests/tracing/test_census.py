@@ -1,0 +1,90 @@
+"""What the finder cannot see is refused by name, with and without a base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_depthmup as dm
+from torch_depthmup.errors import AmbiguousBranchError
+
+
+def half() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+
+class Halves(nn.Module):
+    """A branch written with +, and one whose sum does not show."""
+
+    def __init__(self, depth: int, way):
+        super().__init__()
+        self.seen, self.unseen = (nn.ModuleList(half() for _ in range(depth)) for _ in range(2))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        for seen, unseen in zip(self.seen, self.unseen, strict=True):
+            x = self.way(x + seen(x), unseen(x))
+        return x
+
+
+WAYS = {
+    "logaddexp": torch.logaddexp,
+    "product with a constant matrix": lambda x, f: torch.cat([x, f], -1) @ torch.eye(8).repeat(2, 1),
+    "einsum": lambda x, f: torch.einsum("kbi->bi", torch.stack([x, f])),
+    "hypot": lambda x, f: torch.hypot(x, f + 1),
+}
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_a_sum_that_does_not_show_is_refused_and_the_model_left_alone(way: str, how) -> None:
+    model = Halves(8, WAYS[way])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AmbiguousBranchError, match=r"unseen\.0.*lie outside, and|not be told"):
+        dm.parametrize(model, base=Halves(2, WAYS[way]), example_inputs=X, how=how)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_without_a_base_what_repeats_like_the_blocks_is_refused(way: str) -> None:
+    with pytest.raises(AmbiguousBranchError, match="as many as there are blocks|not be told"):
+        dm.parametrize(Halves(8, WAYS[way]), depth_multiplier=4, example_inputs=X)
+
+
+@pytest.mark.parametrize("way", ["logaddexp", "einsum"])
+def test_the_advice_works(way: str) -> None:
+    model = Halves(8, WAYS[way])
+    plan = dm.parametrize(model, base=Halves(2, WAYS[way]), example_inputs=X, exclude=["unseen.*"])
+    assert {plan[name].role for name, _ in model.named_parameters() if name.startswith("unseen")} == {"outside"}
+    plus = Halves(8, torch.add)
+    assert len(dm.parametrize(plus, base=Halves(2, torch.add), example_inputs=X).branches) == 16
+
+
+class Sometimes(nn.Module):
+    """A block without a skip in front of blocks with one, as where a stage changes its width."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(half() for _ in range(depth + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            x = x + block(x)
+        return x
+
+
+def test_as_many_blocks_without_a_skip_as_in_the_base_are_meant() -> None:
+    plan = dm.parametrize(Sometimes(8), base=Sometimes(2), example_inputs=X)
+    assert plan["blocks.0.0.weight"].role == "outside" and plan["blocks.1.0.weight"].role == "inner"
+    with pytest.raises(AmbiguousBranchError, match="of the same kind, lies in one; pass base=small_model"):
+        dm.parametrize(Sometimes(8), depth_multiplier=4, example_inputs=X)
+
+
+def test_layers_of_one_branch_are_no_blocks() -> None:
+    """``blocks.3.0`` is inner and ``blocks.3.2`` outer in every block; that is one part each."""
+    model = nn.Sequential(*[dm.Residual(half()) for _ in range(6)])
+    plan = dm.parametrize(model, depth_multiplier=3, example_inputs=X)
+    assert {plan[f"{i}.branch.0.weight"].role for i in range(6)} == {"inner"}
