@@ -127,7 +127,9 @@ class ClippingNotice:
 
     def look(self, parameters: Sequence[Tensor]) -> str | None:
         """What is wrong, once it shows; None otherwise. Computes two norms, in the first steps only."""
-        gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+        found = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+        # A gradient of another type, unless it is sharded, may have no entries to look at (`nfd.implicit_model`).
+        gradients = [grad for grad in found if type(grad) is Tensor or hasattr(grad, "full_tensor")]
         if self.finished or not gradients:
             return None
         self.looks += 1

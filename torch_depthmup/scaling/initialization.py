@@ -45,7 +45,7 @@ def default_bounds(model: nn.Module) -> dict[str, float]:
     bounds = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | _ConvNd):
-            fan_in = module.weight[0].numel() if module.weight.ndim > 1 else 0
+            fan_in = math.prod(module.weight.shape[1:]) if module.weight.ndim > 1 else 0
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             fan_in = module.hidden_size
         else:

@@ -139,6 +139,7 @@ class _Run:
     def train(self, inputs: Any, targets: Tensor, advance: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
         """Output and loss before each step and after the last one."""
         values = []
+        before = self._asked()
         for step in range(self.steps + 1):
             with torch.set_grad_enabled(step < self.steps):
                 output = call(self.model, inputs)
@@ -149,22 +150,30 @@ class _Run:
             if step == self.steps:
                 break
             if step == 0:
-                self._check_room()
+                self._check_room(before)
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
             advance()
         return values
 
-    def _check_room(self) -> None:
-        """After the first forward pass: what all steps will ask of each matrix, against its size and the memory."""
-        needed = 0
+    def _asked(self) -> dict[str, int]:
+        """Directions asked of each matrix so far, from both sides: a transposed weight is asked from the left."""
+        starts = {name: weight.matrix.start for name, weight in self.weights.items()}
+        return {name: start.right_side.count + start.left_side.count for name, start in starts.items()}
+
+    def _check_room(self, before: Mapping[str, int]) -> None:
+        """After the first forward pass: what all steps will ask of each matrix, against its size and the memory.
+
+        Before it, `dm.parametrize` or a monitor may have asked too.
+        """
+        needed, now = 0, self._asked()
         for name, weight in self.weights.items():
             start: GaussianMatrix = weight.matrix.start
-            rows = start.right_side.count + start.left_side.count  # a weight used transposed is asked from the left
-            queries = (2 * self.steps + 1) * rows
+            rows = now[name] - before[name]
+            queries = before[name] + (2 * self.steps + 1) * rows
             needed += queries * (start.rows + start.columns) * weight.element_size()
-            asked, least = (self.steps + 1) * rows, min(start.rows, start.columns)
+            asked, least = before[name] + (self.steps + 1) * rows, min(start.rows, start.columns)
             if asked >= least:
                 raise DepthMuPError(
                     f"{name} of shape {tuple(weight.shape)} is multiplied by {rows} rows in a pass, and {self.steps} "
