@@ -42,14 +42,16 @@ def parabola(
     return runs
 
 
-def noisy(centre: float, seeds: int, noise: float, random_seed: int, depth: int = 4, shared: float = 0.0) -> list[Run]:
+def noisy(
+    centre: float, seeds: int, noise: float, random_seed: int, depth: int = 4, shared: float = 0.0, rule: str = "mup"
+) -> list[Run]:
     """The same curves with independent noise in log loss, and a shift of each seed's optimum that depths share."""
     shifts = random.Random(random_seed)
     moved = [shared * shifts.gauss(0, 1) for _ in range(seeds)]
     generator = random.Random(1000 * random_seed + depth)
     return [
         Run(
-            Job("mup", depth, 2.0**i, seed),
+            Job(rule, depth, 2.0**i, seed),
             0.1 * math.exp(0.1 * (i - centre - moved[seed]) ** 2 + noise * generator.gauss(0, 1)),
             1.0,
         )

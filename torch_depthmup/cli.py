@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import shlex
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
+
+from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["main"]
 
@@ -22,6 +27,7 @@ COMMANDS = {
         "train briefly over depths, and hold what moved against the rule",
     ),
     "sweep": ("torch_depthmup.commands.sweep", "does the learning rate transfer over depths of your network?"),
+    "choose": ("torch_depthmup.commands.choose", "which rule and learning rate for a depth that is not trained yet?"),
     "demo": ("torch_depthmup.commands.demo", "the same on digits, at three depths"),
     "nfd": ("torch_depthmup.commands.nfd", "predict the training of a wide network, and train one beside it"),
 }
@@ -36,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns its exit code: 0, or 2 for what the user can mend."""
+    """Runs a command. Returns its exit code: its own verdict, 2 for what the user can mend, 130 for Ctrl-C."""
     parser = _Parser(prog="depthmup", description="Learning rates that transfer in depth, for residual networks.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     chosen = next((a for a in (sys.argv[1:] if arguments is None else arguments) if a in COMMANDS), None)
@@ -55,12 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_one_line, options.command)
             return int(options.run(options))
-    except (ValueError, OSError, ImportError, BrokenExecutor) as error:  # DepthMuPError is a ValueError
-        print(f"depthmup {options.command}: {error}", file=sys.stderr)
-        return 2
+    except (DepthMuPError, OSError, ImportError) as error:
+        return _refused(options.command, str(error))
+    except SystemExit as error:  # not ours: its code must not look like a verdict
+        return _refused(options.command, f"the code that was run called sys.exit({error.code!r})")
+    except Exception as error:  # of the user's network, data or training, which may raise anything
+        return _refused(options.command, f"{_place(error)}{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print(f"depthmup {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _refused(command: str, message: str) -> int:
+    print(f"depthmup {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost code that is neither installed nor of this package."""
+    own, installed = str(Path(__file__).parent), tuple(sysconfig.get_paths().values())
+    frames = traceback.extract_tb(error.__traceback__)
+    frames += _of_the_worker(error)
+    theirs = [frame for frame in frames if not frame.filename.startswith((own, *installed, "<"))]
+    return f"{Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: " if theirs else ""
+
+
+def _of_the_worker(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames that a worker process sent as text."""
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error.__cause__ or ""))
+    return [traceback.FrameSummary(file, int(line), name) for file, line, name in places]
 
 
 def _one_line(command: str, message: Warning | str, *_: object, **__: object) -> None:

@@ -98,37 +98,33 @@ def _doc(cls: type) -> str:
     return inspect.cleandoc(cls.__doc__ or "").replace(">>> ", "")
 
 
-def _torchs(cls: type[AnyOptimizer], family: str, note: str = "") -> Callable[..., Any]:
+def _torchs(
+    cls: Callable[Concatenate[Any, P], AnyOptimizer], family: str, note: str = ""
+) -> Callable[Concatenate[Parameters, P], AnyOptimizer]:
     """A function of the class's name, signature and documentation, which `help` shows."""
+    made: Any = cls  # a class, whose constructor's arguments the annotation passes on
 
-    def construct(params: Parameters, *args: Any, **options: Any) -> AnyOptimizer:
-        return _construct(cls, get_family(family), False, params, args, options)
+    def construct(params: Parameters, *args: P.args, **options: P.kwargs) -> AnyOptimizer:
+        return _construct(made, get_family(family), False, params, args, options)
 
-    construct.__name__ = construct.__qualname__ = cls.__name__
+    construct.__name__ = construct.__qualname__ = made.__name__
     construct.__module__ = __name__
-    signature = inspect.signature(cls)
-    construct.__signature__ = signature.replace(return_annotation=cls)  # type: ignore[attr-defined]
+    construct.__signature__ = inspect.signature(made).replace(return_annotation=made)  # type: ignore[attr-defined]
     construct.__doc__ = (
-        f"``torch.optim.{cls.__name__}`` with the plan's multipliers in its groups.\n\n"
+        f"``torch.optim.{made.__name__}`` with the plan's multipliers in its groups.\n\n"
         "``params`` may also be the parametrized model itself; ``lr``, ``weight_decay`` and ``eps`` are those of the "
         f"base model.{note}\n\nRaises:\n    OptimizerError: a parameter has no plan, or is listed twice.\n\n"
-        f"The rest is torch's documentation.\n\n{_doc(cls)}"
+        f"The rest is torch's documentation.\n\n{_doc(made)}"
     )
     return construct
 
 
-def _typed(
-    cls: Callable[Concatenate[Any, P], AnyOptimizer], family: str, note: str = ""
-) -> Callable[Concatenate[Parameters, P], AnyOptimizer]:
-    return _torchs(cls, family, note)  # type: ignore[arg-type]
-
-
-SGD = _typed(torch.optim.SGD, "sgd")
-Adam = _typed(torch.optim.Adam, "adam")
-AdamW = _typed(torch.optim.AdamW, "adamw")
+SGD = _torchs(torch.optim.SGD, "sgd")
+Adam = _torchs(torch.optim.Adam, "adam")
+AdamW = _torchs(torch.optim.AdamW, "adamw")
 
 if hasattr(torch.optim, "Muon"):
-    Muon = _typed(
+    Muon = _torchs(
         torch.optim.Muon,
         "muon",
         " It trains matrices; width follows the spectral condition, for either ``adjust_lr_fn``.",

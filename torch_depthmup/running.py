@@ -152,6 +152,8 @@ def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]
         ):
             yield
     finally:
+        for module in [module for module, _ in modes if type(module).train is not nn.Module.train]:
+            module.train()  # its own way of letting go of what it cached in evaluation mode
         for module, training in modes:
             module.training = training
         for parameter in frozen:

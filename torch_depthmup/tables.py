@@ -1,4 +1,4 @@
-"""Tables of at most 100 columns for plans and reports: repeated blocks are folded into one line."""
+"""Tables of at most 80 columns for plans and reports: repeated blocks are folded into one line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["COLUMNS", "Table", "columns", "fold_names", "number"]
 
-COLUMNS = 100
-LEAST = 24  # columns that a name gets whatever stands beside it
+COLUMNS = 80
+LEAST = 18  # columns that a name gets whatever stands beside it
 MANY = 4  # so many numbers behind one stem (block0, block1, ...) are a repetition, fewer (conv1, conv2) are names
 
 

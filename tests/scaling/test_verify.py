@@ -44,10 +44,11 @@ def skip_halves(net: Net, x: Tensor) -> Tensor:
 
 
 def auxiliary_head(net: Net, x: Tensor):
-    aux = 0.0
+    aux = []
     for first, last in zip(net.first, net.last, strict=True):
         f = last(torch.tanh(first(x)))
-        x, aux = x + f, aux + net.aux(f)
+        x = x + f
+        aux.append(net.aux(f))
     return {"out": x, "aux": aux}
 
 

@@ -266,3 +266,42 @@ def test_an_interpolation_is_found_and_refused_where_nothing_carries_it(way: Cal
     for how in ("fold", "wrap"):
         with pytest.raises(dm.DepthMuPError, match="bodies.0"):
             dm.parametrize(net, depth_multiplier=3, example_inputs=inputs, how=how)
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_sums_that_collect_outputs_of_the_layers_are_no_stream(nonlinear: bool) -> None:
+    class Collecting(Post):
+        def forward(self, x: Tensor, m: float = 1.0) -> tuple[Tensor, Tensor]:
+            collected = 0
+            for f, norm in zip(self.bodies, self.norms, strict=True):
+                tapped = norm(f(x)).square() if nonlinear else f(x)
+                collected = collected + tapped @ self.head
+                x = x + f(x)
+            return x, collected
+
+    net = Collecting(torch.add)
+    net.head = nn.Parameter(torch.randn(N, 2))
+    assert [(b.name, b.additions) for b in dm.find_branches(net, torch.randn(4, N))] == [
+        (f"bodies.{i}", 3) for i in range(3)
+    ]
+
+
+def test_what_a_module_caches_in_evaluation_mode_is_let_go_of() -> None:
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.bias, self.cache = nn.Linear(N, N), nn.Parameter(torch.zeros(N)), {}
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if mode:
+                self.cache = {}
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.bias * 2 if self.training else self.cache.setdefault("bias", self.bias * 2)
+            return x + self.f(torch.tanh(x) + bias)
+
+    model = nn.Sequential(Cached(), Cached()).train()
+    dm.parametrize(model, depth_multiplier=2, example_inputs=torch.randn(4, N))
+    assert all(module.cache == {} and module.training for module in model)
+    copy.deepcopy(model)

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         monitor.record(0)
     depths = {b.stream: b.additions for b in monitor.branches}
     summary = f"{len(monitor.branches)} residual branches in {len(depths)} stream{'s' if len(depths) > 1 else ''}"
-    summary += f" of depth {', '.join(map(str, depths.values()))}"
+    summary += f" of {', '.join(map(str, depths.values()))} additions"
     branches, parameters = branch_rows(monitor.branches), parameter_rows(monitor.branches, model)
     print("\n".join([summary, "", *columns(*branches), "", *columns(*parameters)]))
     blocks = [
@@ -61,6 +61,12 @@ def run(options: argparse.Namespace) -> int:
             "Inner parameters come before a branch's last weight operation, outer ones belong to it. A branch is "
             "linear in its carrier, into which a multiplier can be folded.",
             quiet=True,
+        ),
+        page.following(
+            "Is a branch missing, or one too many? Name it in code: dm.parametrize(..., branches=['<module>']) or "
+            "exclude=['<module>'].",
+            f"What a rule does to them: depthmup plan {options.model} {options.data} --depth {options.depth} "
+            f"--base-depth {max(1, options.depth // 4)}",
         ),
     ]
     sources.write(options.out, page.page(f"Residual branches of {options.model}", blocks, command=options.command_line))

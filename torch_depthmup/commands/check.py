@@ -18,7 +18,7 @@ __all__ = ["add_arguments", "run"]
 DESCRIPTION = """\
 Trains the network for a few steps at each depth (and width), and holds the slopes of what moved, in log-log, against
 the exponents that the rule predicts. Prints the verdicts, says what is wrong where something is, and writes a page.
-Exit code 0: all holds; 1: something is broken; 3: the runs cannot tell (more depths or seeds would)."""
+Adds seeds by itself where the first cannot tell. Exit code 0: all holds; 1: something is broken; 3: cannot tell."""
 
 EPILOG = "example: depthmup check my_net:make my_net:data --depths 4 8 16 32"
 EXIT = {"holds": 0, "broken": 1, "cannot tell": 3}
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     rows = [
         (
-            QUANTITIES[s.quantity], s.verdict, s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
+            s.words, s.verdict, s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f} to {s.high:+.2f}",
             s.prediction,
         )
         for s in check.slopes
@@ -78,7 +78,7 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
     return [
         page.paragraph(
             f"Rule {check.rule.name} with {options.optimizer} at learning rate {options.lr:g}, {options.steps} steps, "
-            f"{options.seeds} seeds, {grid}. Verdict: {check.verdict}."
+            f"{check.slopes[0].seeds} seeds, {grid}. Verdict: {check.verdict}. {check.advice}"
         ),
         page.listing(check.mistakes),
         page.table(("quantity", "verdict", "axis", "slope", "95 % interval", "rule"), rows),
@@ -96,10 +96,28 @@ def _blocks(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
             ],
         ),
         page.paragraph(
-            "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ".",
+            "Root mean squares over layers. " + "; ".join(f"{name}: {QUANTITIES[name]}" for name in sizes) + ". "
+            "Checked are the branches: their multiplier and the learning rates of what is in them. Stem, head, norms "
+            "outside the branches, eps and weight decay are not.",
             quiet=True,
         ),
+        page.following(*_next(check, options)),
     ]
+
+
+def _next(check: CoordinateCheck, options: argparse.Namespace) -> list[str]:
+    base = f"{options.model} {options.data}"
+    depths = " ".join(map(str, sorted(set(options.depths))))
+    if check.verdict == "holds":
+        return [f"See whether the learning rate transfers: depthmup sweep {base} --depths {depths} --lrs 2^-12..2^-4"]
+    if check.verdict == "broken":
+        return [
+            "Compare your multipliers with those of the plan: "
+            f"depthmup plan {base} --depth {max(options.depths)} --base-depth {min(options.depths)}",
+            "A smaller --lr tells early training from a step that is too large.",
+        ]
+    needed = max(slope.needed for slope in check.slopes) or 3
+    return [f"More seeds would tell: depthmup check {base} --depths {depths} --seeds {needed}"]
 
 
 def _listed(values: Sequence[int]) -> str:

@@ -15,8 +15,8 @@ from torch_depthmup.diagnostics.nfd.result import SIZES
 from torch_depthmup.diagnostics.nfd.setting import Setting
 from torch_depthmup.diagnostics.nfd.simulate import memory_estimate, simulate
 from torch_depthmup.diagnostics.shared.digits import digits
-from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.rules import RULES
+from torch_depthmup.tables import columns
 
 __all__ = ["add_arguments", "run"]
 
@@ -77,21 +77,18 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     trained = time.perf_counter()
     comparison = compare(predicted, measured)
-    rich_table = needs("rich.table")
-    table = rich_table.Table(box=needs("rich.box").SIMPLE_HEAD, title=f"after {options.steps} steps, mean over layers")
-    for heading in ("quantity", f"predicted, n={options.width}", f"measured, n={options.network_width}", "largest |z|"):
-        table.add_column(heading, justify="left" if heading == "quantity" else "right")
+    rows = []
     for name in ("losses", *SIZES):
         step = -1 if name != "gradient_moment" or options.steps == 0 else -2
         values = [float(result.mean(name)[step].mean()) for result in (predicted, measured)]
         z = comparison.z(name)
         largest = float(z[torch.isfinite(z)].abs().max())
-        table.add_row(name.replace("_", " "), *(f"{value:.4f}" for value in values), f"{largest:.1f}")
-    console = needs("rich.console").Console()
-    console.print(table)
-    console.print(f"Neural Feature Dynamics {comparison.verdict}")
+        rows.append((name.replace("_", " "), (*(f"{value:.4f}" for value in values), f"{largest:.1f}")))
+    header = ("quantity", f"predicted, n={options.width}", f"measured, n={options.network_width}", "largest |z|")
+    print("\n".join([f"after {options.steps} steps, mean over layers", *columns(header, rows)]))
+    print(f"Neural Feature Dynamics {comparison.verdict}")
     comparison_figure(comparison).savefig(options.out, dpi=130)
-    console.print(
+    print(
         f"simulation {simulated - start:.1f} s, {options.seeds} networks {trained - simulated:.1f} s; "
         f"figure {options.out}"
     )

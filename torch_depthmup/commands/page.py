@@ -20,10 +20,10 @@ import torch
 from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.diagnostics.shared.style import DARK
 
-__all__ = ["figure", "heading", "listing", "named_table", "page", "paragraph", "table"]
+__all__ = ["figure", "following", "heading", "listing", "named_table", "page", "paragraph", "table"]
 
 LEAST = 0.75  # of its size: a figure on a narrower page scrolls
-VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open"}
+VERDICTS = {"holds": "good", "broken": "bad", "cannot tell": "open", "network": "open"}
 
 CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1f26; --quiet: #5a6170; --line: #d5d9e2; --box: #f4f6fa;
@@ -87,6 +87,11 @@ def paragraph(text: str, *, quiet: bool = False) -> str:
 def listing(items: Sequence[str]) -> str:
     """A list of sentences; nothing where there are none."""
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>" if items else ""
+
+
+def following(*steps: str) -> str:
+    """The last section of a page: what to do next."""
+    return heading("Next") + listing(steps)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

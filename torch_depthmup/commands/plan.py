@@ -82,6 +82,12 @@ def run(options: argparse.Namespace) -> int:
         page.heading("Parameters"),
         page.named_table(*parameters),
         page.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
+        page.following(
+            "Train with it: dm.parametrize(model, base=base, example_inputs=inputs), then dm.AdamW(model, lr=...).",
+            "See whether what moves follows the rule: "
+            f"depthmup check {options.model} {options.data} --depths {options.base_depth} {2 * options.base_depth} "
+            f"{4 * options.base_depth} {8 * options.base_depth}",
+        ),
     ]
     sources.write(options.out, page.page(f"Plan for {options.model}", blocks, command=options.command_line))
     print(f"\nreport: {options.out}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.shared.arguments import checked_samples
+from torch_depthmup.diagnostics.shared.content import source_digest
 from torch_depthmup.diagnostics.shared.training import take
 from torch_depthmup.errors import DepthMuPError
 
@@ -50,7 +50,10 @@ def positive(text: str) -> int:
 
 @dataclass(frozen=True)
 class Factory:
-    """A user's factory by name, which workers can import. ``code`` changes with the module's text."""
+    """A user's factory by name, which workers can import.
+
+    ``code`` changes with the text of the module and of what it imports.
+    """
 
     source: str
     width: int | None = None
@@ -75,7 +78,7 @@ def factory(source: str, width: int | None, widths: Sequence[int] | None = None)
         raise DepthMuPError(f"{source} is a {type(function).__name__}, not a function from depth to model")
     width = width or (widths[0] if widths else None)
     _check_signature(source, function, width)
-    return Factory(source, width, _digest(source.partition(":")[0]))
+    return Factory(source, width, source_digest(sys.modules[source.partition(":")[0]]))
 
 
 def _check_signature(source: str, function: Any, width: int | None) -> None:
@@ -159,11 +162,5 @@ def _imported(name: str) -> Any:
                 f"no module is called {name}, neither installed nor in this folder. Run the command where {name}.py is"
             ) from error
         raise DepthMuPError(f"{name} cannot be imported: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise DepthMuPError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _digest(module_name: str) -> str:
-    """Of the module's text, so that a sweep does not take up runs of another version of it."""
-    file = getattr(sys.modules[module_name], "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""

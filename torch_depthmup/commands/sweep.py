@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 
 from torch_depthmup.commands import page, sources
-from torch_depthmup.commands.console import table, terminal
 from torch_depthmup.diagnostics.plots import drift_figure, transfer_figure
 from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, Training
-from torch_depthmup.diagnostics.transfer.result import Sweep, cells, reading
+from torch_depthmup.diagnostics.transfer.result import Sweep
 from torch_depthmup.diagnostics.transfer.sweep import transfer_sweep
+from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import RULES
 
-__all__ = ["COMPARED", "add_arguments", "learning_rates", "run"]
+__all__ = ["COMPARED", "add_arguments", "learning_rates", "run", "swept"]
 
 DESCRIPTION = """\
 Trains the network at several depths over a grid of learning rates, under several rules and seeds, in a process for
@@ -26,9 +26,9 @@ COMPARED = ("mup", "depth-mup", "depth-mup-corrected", "complete-p")
 MOST = 1000  # learning rates in one range: beyond it is a slip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``depthmup sweep``."""
-    sources.add_sources(parser, "sweep")
+def add_arguments(parser: argparse.ArgumentParser, command: str = "sweep") -> None:
+    """The arguments of ``depthmup sweep``, and of ``depthmup choose``."""
+    sources.add_sources(parser, command)
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument(
         "--depths", type=sources.positive, nargs="+", required=True, metavar="L", help="the least is the base"
@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def learning_rates(text: str) -> list[float]:
     """``0.01``, ``2^-8``, or all doublings from ``2^-12..2^-4``."""
     low, dots, high = text.partition("..")
+    if high.startswith("."):
+        raise argparse.ArgumentTypeError(f"a range must have two dots, as in 2^-12..2^-4, not three: {text!r}")
     ends = [_number(text, part) for part in ((low, high) if dots else (low,))]
     if dots and not (ends[0] < ends[1] and math.log2(ends[1] / ends[0]) < MOST):
         raise argparse.ArgumentTypeError(f"must go from a smaller to a larger number, not {text!r}")
@@ -70,26 +72,46 @@ def _number(text: str, part: str) -> float:
     return value
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs what is missing of the sweep, prints its table, writes the page. Returns the exit code."""
+def swept(options: argparse.Namespace) -> tuple[Sweep, Path]:
+    """Runs what is missing of the sweep. Returns it and the file of its runs.
+
+    Raises:
+        DepthMuPError: the report would overwrite the runs.
+    """
     make = sources.factory(options.model, options.width)
     train = Training(
         *sources.data(options.data), optimizer=options.optimizer, steps=options.steps, batch_size=options.batch_size
     )
     runs = options.runs or options.out.with_suffix(".jsonl")
+    if runs.absolute() == options.out.absolute():
+        raise DepthMuPError(f"the report and the finished runs cannot be one file, {runs}. Give --out another name")
     runs.parent.mkdir(parents=True, exist_ok=True)
     lrs = sorted({lr for part in options.lrs for lr in part})
     sweep = transfer_sweep(
         make, train, depths=sorted(set(options.depths)), lrs=lrs, rules=list(dict.fromkeys(options.rules)),
         seeds=options.seeds, path=runs,
     )  # fmt: skip
-    console = terminal()
-    console.print(table(sweep))
-    console.print(reading(sweep))
+    return sweep, runs
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs what is missing of the sweep, prints its table, writes the page. Returns the exit code."""
+    sweep, runs = swept(options)
+    print(sweep)
     text = page.page(f"Learning-rate transfer of {options.model}", _blocks(sweep), command=options.command_line)
     sources.write(options.out, text)
-    console.print(f"report {options.out}, runs {runs}")
+    print(f"report {options.out}, runs {runs}")
     return 0
+
+
+def _next(sweep: Sweep) -> list[str]:
+    steps = []
+    if any(row["at_grid_end"] for row in sweep.summary()):
+        steps.append("Some optima lie at an end of the grid: run the same command with more --lrs; finished runs stay.")
+    if "do not tell it" in sweep.reading:
+        steps.append("Some rules are not told apart: run the same command with more --seeds; finished runs stay.")
+    steps.append("Tune at the shallowest depth, parametrize the deep network with that as base=, and train it.")
+    return steps
 
 
 def _blocks(sweep: Sweep) -> list[str]:
@@ -97,7 +119,7 @@ def _blocks(sweep: Sweep) -> list[str]:
     diverged = sum(run.diverged for run in sweep.runs)
     seconds = sum(run.seconds for run in sweep.runs)
     return [
-        page.paragraph(reading(sweep)),
+        page.paragraph(sweep.reading),
         page.figure(
             lambda: transfer_figure(sweep),
             "Loss after training against the learning rate. The line is the median over seeds, dots are seeds; it "
@@ -110,12 +132,13 @@ def _blocks(sweep: Sweep) -> list[str]:
             f"depth {base} (solid) and with the best one (dashed): the gap is the regret.",
         ),
         page.heading("Optima"),
-        page.named_table(*cells(sweep)),
+        page.named_table(*sweep.table()),
         page.paragraph(
-            "* at the edge of the grid: the optimum may lie beyond it. log2 lr is the vertex of a robust parabola. "
-            "Losses are medians over seeds; ± is a standard error (jackknife over seeds for vertex and move, paired "
-            "differences for the regret). Edge is the smallest learning rate at which a run diverged.",
+            "* at an end of the grid: the optimum may lie beyond it, and what follows from it is a bound (< or >). "
+            "log2 lr is where a curve through all runs is smallest. Losses are medians over seeds; ± is a standard "
+            "error. Diverges from: the smallest learning rate at which a run diverged.",
             quiet=True,
         ),
+        page.following(*_next(sweep)),
         page.paragraph(f"{len(sweep.runs)} runs, {diverged} of them diverged; {seconds:.0f} s of work.", quiet=True),
     ]

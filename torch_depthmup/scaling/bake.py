@@ -20,10 +20,11 @@ COARSEST = 0.02
 
 @torch.no_grad()
 def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """Folds a wrapped model's multipliers into its weights, in place: what is left is a plain model without hooks.
+    """Folds a wrapped model's multipliers into its weights, in place: what is left is a plain model.
 
     For after training: train with ``how="wrap"`` where gradients are looked at, and keep a model that needs no package.
-    The plan is taken off, so the result is not for further training.
+    The plan is taken off, so the result is not for further training. A readout that is tied to an embedding keeps its
+    multiplier's hook, and its model needs this package to be unpickled: a weight cannot be scaled for one of its users.
 
     Args:
         model: a model parametrized with ``how="wrap"``, or a wrapper around it; trained or not.
@@ -66,6 +67,7 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     if before is not None and not _same(before, after := _outputs(owner, example_inputs)):
         for (parameter, _), value in zip(carriers, saved, strict=True):
             parameter.copy_(value)
+        take_off(owner)
         take_off(owner)
         hang_again(taken)
         assert after is not None

@@ -238,6 +238,8 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
             accepted.append(candidate)
     nodes = {residual.node for residual in accepted}
     kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
+    collecting = _collecting(graph, kept)
+    kept = [r for r in kept if r.branch in declared or r.node not in collecting]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
 
 
@@ -248,6 +250,27 @@ def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
         before = nearest_additions(graph, candidate.skip, set(candidates))
         linked.update(before, [node] if before else [])
     return linked
+
+
+def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
+    """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
+    collected = {r.node for r in residuals if not graph.reaches(r.branch, r.skip)}
+    while True:
+        before = len(collected)
+        for residual in residuals:
+            read = {node for node in collected if graph.reaches(residual.branch, node)}
+            if residual.node not in collected:
+                read |= set(nearest_additions(graph, residual.skip, collected))
+            collected -= read
+        if len(collected) == before:
+            break
+    rest = [r.node for r in residuals if r.node not in collected]
+    # Else it is a last block, whose projected skip comes from where its branches do.
+    reads_layers = any(
+        graph.only(r.branch, r.start) >> node & 1 for r in residuals if r.node in collected for node in rest
+    )
+    goes_beside = any(not any(graph.reaches(end, node) for end in collected) for node in rest)
+    return collected if reads_layers and goes_beside else set()
 
 
 def nested_in(graph: Graph, outer: ResidualAddition, residuals: Sequence[ResidualAddition]) -> set[int]:

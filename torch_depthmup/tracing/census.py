@@ -43,8 +43,8 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
         if base is None and kind in parts:
             other = next(iter(parts[kind]))
             _refuse(names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
-        if base is None and len(names) in repeated:
-            _refuse(names[0], f"there are {len(names)} of its kind, as many as there are blocks")
+        if base is None and any(len(names) % count == 0 for count in repeated):
+            _refuse(names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
 
 
 def _refuse(name: str, why: str) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import blocks
 import numpy as np
 import pytest
 import torch
-from canonical import Canonical, samples
-from torch import nn
+from canonical import Canonical, TwoLayers, samples
+from torch import Tensor, nn
 from trained import check
 
-from torch_depthmup.diagnostics.coordinates.check import coordinate_check
+import torch_depthmup as dm
+from torch_depthmup.diagnostics.coordinates.check import _of_the_network, coordinate_check
 from torch_depthmup.errors import DepthMuPError, PlanError
 
 # Slopes of log size in log depth as the theory's simulations measured them; ranges by their middle.
@@ -71,6 +73,7 @@ def test_too_few_points_cannot_tell() -> None:
     assert {slope.verdict for slope in result.slopes} == {"cannot tell"} and result.verdict == "cannot tell"
 
 
+@pytest.mark.filterwarnings("ignore:a plain")
 def test_widths_are_checked_along_their_own_axis() -> None:
     class Wide(blocks.Stack):
         def __init__(self, depth: int, width: int):
@@ -84,10 +87,14 @@ def test_widths_are_checked_along_their_own_axis() -> None:
     assert points == {(d, w, s) for d in (2, 8) for w in (32, 64, 128) for s in range(3)}
     assert set(result.sizes("inner")) == points
     widths_apart = [
-        coordinate_check(lambda depth, w=w: Wide(depth, w), (x, y), depths=(2, 8), lr=1e-3, steps=1, rule="sp")
+        coordinate_check(
+            lambda depth, w=w: Wide(depth, w), (x, y), depths=(2, 8), lr=1e-3, steps=1, rule="sp", seeds=[0, 1]
+        )
         for w in (32, 64, 128)
     ]
-    together = coordinate_check(Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, steps=1, rule="sp")
+    together = coordinate_check(
+        Wide, (x, y), depths=(2, 8), widths=(32, 64, 128), lr=1e-3, steps=1, rule="sp", seeds=[0, 1]
+    )
     for slope in together.slopes:  # "sp" says nothing of widths: each is a line in depth of its own
         alone = [s.measured for check in widths_apart for s in check.slopes if s.quantity == slope.quantity]
         assert slope.axis == "depth" and slope.measured == pytest.approx(np.mean(alone))
@@ -155,7 +162,7 @@ def test_bad_input_is_one_clear_line() -> None:
         ),
         ("depths must be positive integers", lambda: check(depths=(2.0, 4))),
         ("seeds must be how many or which", lambda: check(seeds=0)),
-        ("steps must be positive integers", lambda: check(steps=0)),
+        ("steps must be a positive integer", lambda: check(steps=0)),
         ("widths must be positive integers", lambda: check(widths=(0, 4))),
         (
             "same shapes at width 8 and at width 16: it ignores width",
@@ -178,3 +185,62 @@ def test_bad_input_is_one_clear_line() -> None:
 
 
 # Findings
+
+
+def test_seeds_are_added_until_they_tell_within_the_budget() -> None:
+    """Two seeds have wide intervals."""
+    data = (torch.randn(16, 8), torch.randint(0, 3, (16,)))
+    few, more = (
+        coordinate_check(
+            lambda depth: blocks.Stack(depth, blocks.PreNorm), data, depths=(2, 4, 8), optimizer="sgd", lr=1e-2,
+            seeds=2, most_seeds=most,
+        )
+        for most in (2, 16)
+    )  # fmt: skip
+    assert few.verdict == "cannot tell" and {slope.seeds for slope in few.slopes} == {2}
+    assert max(slope.needed for slope in few.slopes) >= 4 and "about" in few.advice and few.advice in str(few)
+    assert more.verdict == "holds" and more.slopes[0].seeds in (4, 8, 16) and more.advice == ""
+
+
+class TwoKinds(nn.Module):
+    """Two kinds of branches by turns; what is wrong with one of them must not hide behind the other."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.stem, self.head = nn.Linear(16, 32), nn.Linear(32, 1)
+        self.first = nn.ModuleList(TwoLayers(32) for _ in range(depth))
+        self.second = nn.ModuleList(TwoLayers(32) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for first, second in zip(self.first, self.second, strict=True):
+            h = second(first(h))
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:a plain")
+def test_kinds_of_branches_are_judged_apart() -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        plan = dm.plan_of(model)
+        groups = []
+        for name, parameter in model.named_parameters():
+            factor = plan.multipliers(name, "adam").lr
+            if "second" in name and plan[name].role == "inner":
+                factor *= plan[name].depth_multiplier ** -0.5  # as if the correction had been forgotten there
+            groups.append({"params": [parameter], "lr": 1e-4 * factor})
+        return torch.optim.Adam(groups)
+
+    result = check(optimizer=make, family="adam", make=TwoKinds, depths=(2, 4, 8, 16), base_depth=2, seeds=3)
+    broken = [slope for slope in result.slopes if slope.verdict == "broken"]
+    assert [(slope.quantity, slope.kind) for slope in broken] == [("inner", "second.#")]
+    assert "the correction of the inner layers' learning rate is missing, in second.#" in result.mistakes[0]
+    assert check(make=TwoKinds, depths=(2, 4, 8, 16), base_depth=2, seeds=3).verdict == "holds"
+
+
+def test_a_whole_that_grows_by_itself_is_no_mistake_of_the_rule() -> None:
+    """Branches are right, and the stream moves more than they say: exit code and verdict do not call that broken."""
+    result = check("depth-mup", depths=(2, 4, 8))
+    slopes = tuple(replace(s, verdict="broken") if s.quantity == "stream" else s for s in result.slopes)
+    assert {s.quantity: s.verdict for s in _of_the_network(slopes)}["stream"] == "network"
+    spoiled = tuple(replace(s, verdict="broken") if s.quantity in ("stream", "inner") else s for s in result.slopes)
+    assert _of_the_network(spoiled) == spoiled

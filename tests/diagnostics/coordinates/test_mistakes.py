@@ -65,11 +65,13 @@ def test_a_planted_mistake_is_named(name: str) -> None:
     assert f"wrong: {result.mistakes[0]}" in str(result)
 
 
+@pytest.mark.filterwarnings("ignore:a plain")  # that is the mistake
 def test_a_plain_optimizer_on_a_folded_model_is_named() -> None:
     result = check(optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-4), family="adam")
     assert result.verdict == "broken" and "a plain torch optimizer" in result.mistakes[0]
 
 
+@pytest.mark.filterwarnings("ignore:a plain")  # that is the mistake
 def test_the_other_familys_multipliers_on_a_folded_model_are_named() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         plan = dm.plan_of(model)

@@ -164,3 +164,38 @@ def test_a_dask_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
 def test_a_worker_that_ends_before_its_run_is_said_to() -> None:
     with pytest.raises(dm.DepthMuPError, match="a worker process ended before its run did"):
         transfer_sweep(small, dying, **GRID, example_inputs=X)
+
+
+PATIENT = """
+import time
+from torch_depthmup.diagnostics import transfer_sweep
+from torch_depthmup.diagnostics.shared.digits import DigitsResNet, digits
+
+def network(depth):
+    return DigitsResNet(depth, 8)
+
+def train(model, lr, seed):
+    print("training", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    transfer_sweep(
+        network, train, depths=[2, 4], lrs=[0.01], seeds=2, progress=False, example_inputs=digits()[0][:4]
+    )
+"""
+
+
+def test_an_interrupted_sweep_ends_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PATIENT)
+    child = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "training\n"
+    workers = workers_of(child.pid)
+    start = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)  # as the terminal does, workers too
+    _, said = child.communicate(timeout=30)
+    assert time.monotonic() - start < 3
+    assert said.strip().splitlines()[-1] == "KeyboardInterrupt" and said.count("Traceback") == 1
+    assert workers and not any(map(alive, workers))

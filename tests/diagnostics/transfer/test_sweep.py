@@ -81,7 +81,7 @@ def diverging(model: nn.Module, lr: float, seed: int) -> float:
 
 def test_diverged_runs_are_data() -> None:
     sweep = transfer_sweep(small, diverging, **GRID, example_inputs=X, executor=ThreadPoolExecutor(1))
-    assert sweep.edge("mup", 4) == 0.01 and sweep.optimum("mup", 4).lr == 0.001
+    assert sweep.edge_of_stability("mup", 4) == 0.01 and sweep.optimum("mup", 4).lr == 0.001
     blown = Training(*(part[:64] for part in digits()), optimizer="sgd", steps=50)
     model = small(2)
     dm.parametrize(model, rule="mup")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch_depthmup import rules
 from torch_depthmup.diagnostics.coordinates import mistakes
 from torch_depthmup.diagnostics.coordinates.slopes import AXES, QUANTITIES, Point, Slope, Verdict, fit, slope
 from torch_depthmup.diagnostics.monitor.recording import COLUMNS, FeatureMonitor
-from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integers, seeds_of
+from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integer, positive_integers, seeds_of
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, default_loss, own_random_state, take
 from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth, ignores_width
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
-from torch_depthmup.running import call
+from torch_depthmup.running import call, without_numbers
 from torch_depthmup.scaling.apply import parametrize
+from torch_depthmup.tables import columns
 
 __all__ = ["CoordinateCheck", "EXAMPLES", "coordinate_check"]
 
@@ -61,31 +63,51 @@ class CoordinateCheck:
         return frame(self.rows, ("width", "depth", "relative_depth", "seed", *COLUMNS))
 
     @cached_property
-    def _sizes(self) -> dict[str, dict[Point, float]]:
+    def _sizes(self) -> AllSizes:
         return _all_sizes(self.rows)
 
-    def sizes(self, quantity: str) -> dict[Point, float]:
+    def sizes(self, quantity: str, kind: str = "") -> dict[Point, float]:
         """A quantity by (depth, width, seed), as its slopes are taken of it.
 
         Args:
             quantity: a key of `QUANTITIES`.
+            kind: of branches, as `Slope.kind`; ``""`` is all of them.
         """
-        return dict(self._sizes[quantity])
+        return dict(self._sizes[quantity, kind])
+
+    @property
+    def advice(self) -> str:
+        """How many seeds would tell what these cannot, or what ``"network"`` means; ``""`` where all is said."""
+        if self.verdict == "holds" and any(slope.verdict == "network" for slope in self.slopes):
+            return "network: multipliers and learning rates hold in every branch; the whole moves otherwise by itself"
+        open_ = [slope for slope in self.slopes if slope.verdict == "cannot tell"]
+        if not open_:
+            return ""
+        needed = max(slope.needed for slope in open_)
+        if not needed:
+            return "cannot tell from one seed: write seeds=3, which adds seeds until it can"
+        return f"cannot tell with {open_[0].seeds} seeds: about {needed} would, or more depths, or more steps"
 
     @property
     def verdict(self) -> Verdict:
         """``"broken"`` if any slope is, ``"holds"`` if all do."""
         verdicts = {slope.verdict for slope in self.slopes}
-        return "broken" if "broken" in verdicts else "holds" if verdicts == {"holds"} else "cannot tell"
+        return "broken" if "broken" in verdicts else "holds" if verdicts <= {"holds", "network"} else "cannot tell"
 
     def __str__(self) -> str:
-        lines = [f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}"]
-        lines.append(f"  {'':32}{'axis':>6} {'slope':>7} {'95 % interval':>18} {'rule':>8}  verdict")
-        for s in self.slopes:
-            interval = f"[{s.low:+.2f}, {s.high:+.2f}]"
-            words = QUANTITIES[s.quantity]
-            lines.append(f"  {words:32}{s.axis:>6} {s.measured:+7.2f} {interval:>18} {s.prediction:>8}  {s.verdict}")
-        return "\n".join([*lines, *(f"  wrong: {mistake}" for mistake in self.mistakes)])
+        header = ("quantity", "axis", "slope", "95 % interval", "rule", "verdict")
+        rows = [
+            (
+                s.words,
+                (s.axis, f"{s.measured:+.2f}", f"{s.low:+.2f}..{s.high:+.2f}", s.prediction, s.verdict),
+            )
+            for s in self.slopes
+        ]
+        lines = [
+            f"coordinate check of {self.rule.name} with {self.family.name}: {self.verdict}",
+            *columns(header, rows),
+        ]
+        return "\n".join([*lines, *(f"wrong: {mistake}" for mistake in self.mistakes), *filter(None, [self.advice])])
 
 
 def coordinate_check(
@@ -101,6 +123,7 @@ def coordinate_check(
     family: str | Family | None = None,
     steps: int = 3,
     seeds: int | Sequence[int] = 3,
+    most_seeds: int = 12,
     loss: Callable[[Any, Tensor], Tensor] | None = None,
     prepare: Callable[[nn.Module, nn.Module], Any] | None = None,
     tolerance: float = 0.15,
@@ -121,6 +144,7 @@ def coordinate_check(
         family: the family of ``optimizer`` where that is a function.
         steps: training steps before the updates are measured.
         seeds: how many, or which. Their scatter gives the confidence intervals.
+        most_seeds: where ``seeds`` is a number above 1 and so many cannot tell, they are doubled up to this many.
         loss: ``(output, targets) -> scalar``; the default is cross-entropy for integer targets, else mean squares.
         prepare: ``(model, base) -> anything``: one's own code for the rule in place of `parametrize`.
         tolerance: how far from the rule's exponent a slope still counts as holding.
@@ -137,27 +161,34 @@ def coordinate_check(
     """
     rule, kind = get_rule(rule), _family(optimizer, family)
     batches = _batches(data)
-    grid = _grid(depths, widths, seeds, steps)
+    points, which = _grid(depths, widths, steps), seeds_of(seeds)
+    budget = most_seeds if isinstance(seeds, Integral) and len(which) > 1 else len(which)
     make_optimizer = optimizer if callable(optimizer) else _named(optimizer, lr)
     prepare = prepare or _parametrize(rule, take(batches[0][0], slice(EXAMPLES)), widths is not None)
     rows: list[dict[str, Any]] = []
     found: dict[int, int] = {}
-    with own_random_state(), bar("checking", len(grid), show=progress) as advance:
-        _check_width(make_model, grid)
-        base = _made(make_model, base_depth or grid[0][0], grid[0][1], seed=0)
-        for depth, width, seed in grid:
-            model = _made(make_model, depth, width, seed)
-            prepare(model, base)
-            monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
-            _check_depth(found, depth, len(monitor.branches))
-            _train(model, make_optimizer(model), batches, steps, loss, monitor)
-            rows += [_row(row, depth, width, seed) for row in monitor.rows]
-            monitor.close()
-            advance()
-    sizes = _all_sizes(rows)
-    slopes = tuple(_slopes(sizes, rule, kind, tolerance))
-    wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT]))
-    return CoordinateCheck(rule, kind, slopes, tuple(wrong), tuple(rows))
+    with own_random_state(), bar("checking", len(points) * len(which), show=progress) as advance:
+        _check_width(make_model, points)
+        base = _made(make_model, base_depth or points[0][0], points[0][1], seed=0)
+        done = 0
+        while True:
+            for seed, (depth, width) in itertools.product(which[done:], points):
+                model = _made(make_model, depth, width, seed)
+                prepare(model, base)
+                monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
+                _check_depth(found, depth, len(monitor.branches))
+                _train(model, make_optimizer(model), batches, steps, loss, monitor)
+                rows += [_row(row, depth, width, seed) for row in monitor.rows]
+                monitor.close()
+                advance()
+            sizes = _all_sizes(rows)
+            slopes = _of_the_network(tuple(_slopes(sizes, rule, kind, tolerance)))
+            wrong = mistakes.named(slopes, rule, kind, _gradient_slope(sizes[GRADIENT, ""]))
+            check = CoordinateCheck(rule, kind, slopes, tuple(wrong), tuple(rows))
+            done = len(which)
+            if check.verdict != "cannot tell" or done >= budget:
+                return check
+            which = list(range(min(2 * done, budget)))
 
 
 # Training on the grid
@@ -193,12 +224,11 @@ def _batches(data: Any) -> list[tuple[Any, Tensor]]:
     return [checked_samples(pair) for pair in pairs]
 
 
-def _grid(depths: Sequence[int], widths: Sequence[int] | None, seeds: int | Sequence[int], steps: int) -> list[Point]:
-    """Every depth at every width with every seed, the smallest first."""
-    positive_integers("steps", [steps])
+def _grid(depths: Sequence[int], widths: Sequence[int] | None, steps: int) -> list[tuple[int, int | None]]:
+    """Every depth at every width, the smallest first."""
+    positive_integer("steps", steps)
     narrow_first: list[int | None] = [None] if widths is None else [*positive_integers("widths", widths)]
-    points = itertools.product(seeds_of(seeds), positive_integers("depths", depths, 2), narrow_first)
-    return [(depth, width, seed) for seed, depth, width in points]
+    return list(itertools.product(positive_integers("depths", depths, 2), narrow_first))
 
 
 def _made(make_model: Callable[..., nn.Module], depth: int, width: int | None, seed: int) -> nn.Module:
@@ -216,7 +246,7 @@ def _check_depth(found: dict[int, int], depth: int, branches: int) -> None:
             raise MeasurementError(ignores_depth(branches, other, depth))
 
 
-def _check_width(make_model: Callable[..., nn.Module], grid: list[Point]) -> None:
+def _check_width(make_model: Callable[..., nn.Module], grid: list[tuple[int, int | None]]) -> None:
     shallow, narrow, wider = grid[0][0], grid[0][1], grid[1][1]
     if narrow is None or wider is None or narrow == wider:
         return
@@ -260,16 +290,31 @@ def _row(row: dict[str, Any], depth: int, width: int | None, seed: int) -> dict[
 GRADIENT = "gradient"  # in the residual stream at initialization, which the rules take to be the same at every depth
 
 
-def _all_sizes(rows: Iterable[dict[str, Any]]) -> dict[str, dict[Point, float]]:
-    """By quantity and network. A quantity that a network does not have is not there."""
+AllSizes = dict[tuple[str, str], dict[Point, float]]
+"""By quantity and kind of branches (``""`` is all of them), and by network; without what a network does not have."""
+
+
+def _all_sizes(rows: Iterable[dict[str, Any]]) -> AllSizes:
     groups: dict[Point, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["depth"], row["width"], row["seed"]), []).append(row)
-    found: dict[str, dict[Point, float]] = {}
+    found: AllSizes = {}
     for point, group in groups.items():
         for quantity, size in _sizes(group).items():
-            found.setdefault(quantity, {})[point] = size
+            found.setdefault((quantity, ""), {})[point] = size
+        for kind, members in _kinds(group).items():
+            for quantity, size in _sizes(members).items():
+                found.setdefault((quantity, kind), {})[point] = size
     return found
+
+
+def _kinds(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each kind of branches, attention and feed-forward, say; nothing where there is one kind."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["branch"]:
+            kinds.setdefault(without_numbers(row["branch"]), []).append(row)
+    return kinds if len(kinds) > 1 else {}
 
 
 def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -288,15 +333,29 @@ def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: math.sqrt(sum(v * v for v in given) / len(given)) for name, given in values.items() if given}
 
 
-def _slopes(sizes: dict[str, dict[Point, float]], rule: Rule, family: Family, tolerance: float) -> Iterator[Slope]:
+def _slopes(sizes: AllSizes, rule: Rule, family: Family, tolerance: float) -> Iterator[Slope]:
     """In depth what the rule says; in width, where it scales width, nothing that training does depends on it."""
     predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family)}
+    kinds = sorted({kind for _, kind in sizes} - {""}) or [""]
     for quantity in QUANTITIES:
-        given = sizes.get(quantity, {})
-        for place, axis in enumerate(AXES):
-            checked = axis == "depth" or (rule.width and quantity != "branch")
-            if checked and len({point[place] for point in given}) > 1:
-                yield slope(axis, quantity, given, predicted[quantity] if axis == "depth" else 0.0, tolerance)
+        for kind in kinds if quantity in ("branch", "inner", "outer") else [""]:
+            given = sizes.get((quantity, kind), {})
+            for place, axis in enumerate(AXES):
+                checked = axis == "depth" or (rule.width and quantity != "branch")
+                if checked and len({point[place] for point in given}) > 1:
+                    exponent = predicted[quantity] if axis == "depth" else 0.0
+                    yield slope(axis, quantity, given, exponent, tolerance, kind)
+
+
+def _of_the_network(slopes: tuple[Slope, ...]) -> tuple[Slope, ...]:
+    """What the rule sets holds in every branch: then it is the network that lets the whole move otherwise.
+
+    A rule sets the branches' multiplier and learning rates. The exponent of the whole follows from them where gradients
+    do not depend on depth, which is not so in every network (post-norm; no depth scaling at all).
+    """
+    if any(s.verdict != "holds" for s in slopes if s.quantity in ("branch", "inner", "outer")):
+        return slopes
+    return tuple(replace(s, verdict="network") if s.verdict == "broken" and s.axis == "depth" else s for s in slopes)
 
 
 def _gradient_slope(sizes: dict[Point, float]) -> float:

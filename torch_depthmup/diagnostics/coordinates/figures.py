@@ -46,7 +46,7 @@ def coordinate_figure(check: CoordinateCheck) -> Any:
     profiles = [q for q in ("inner", "outer", "stream") if any(s.quantity == q for s in check.slopes)]
     for axis, quantity in zip(bottom.subplots(1, len(profiles), squeeze=False)[0], profiles, strict=True):
         _profile_panel(axis, check, quantity)
-    depths, widths = _values(check.sizes(rows[0][0].quantity))
+    depths, widths = _values(check.sizes(rows[0][0].quantity, rows[0][0].kind))
     marks = [_line(color=MUTED, linestyle="", marker=mark, label=f"{n}") for n, mark in _marks(widths).items()]
     lines = [_line(color=color, label=f"{depth}") for depth, color in shades(depths).items()]
     for part, handles, title in [(parts[0], marks, "width")] * (len(widths) > 1) + [(bottom, lines, "depth")]:
@@ -72,7 +72,7 @@ def _line(**looks: Any) -> Any:
 
 def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope) -> None:
     """One quantity against the slope's axis, a line for each value of the other. Marks tell widths, colours depths."""
-    points, place = check.sizes(slope.quantity), AXES.index(slope.axis)
+    points, place = check.sizes(slope.quantity, slope.kind), AXES.index(slope.axis)
     depths, widths = _values(points)
     colors, marks = shades(depths), _marks(widths)
     for (depth, width, _), size in points.items():
@@ -93,7 +93,9 @@ def _sizes_panel(axis: Any, check: CoordinateCheck, slope: Slope) -> None:
         axis.fill_between(at, list(flat.values()), list(guide.values()), color=ACCENT, alpha=0.12, linewidth=0)
     measured = _line(color=ink(), linewidth=1.4, label=f"measured {slope.measured:+.2f}")
     axis.legend(handles=[measured, dashed], frameon=False, fontsize="x-small")
-    axis.set_title(f"{QUANTITIES[slope.quantity]}\n{slope.verdict}", fontsize="small")
+    axis.set_title(
+        f"{QUANTITIES[slope.quantity]}\n{slope.kind}{': ' if slope.kind else ''}{slope.verdict}", fontsize="small"
+    )
     axis.set(yscale="log", xlabel=slope.axis)
     axis.set_xscale("log", base=2)
     axis.set_xticks(at, [str(x) for x in at])

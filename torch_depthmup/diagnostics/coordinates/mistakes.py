@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch_depthmup.diagnostics.coordinates.slopes import QUANTITIES, Slope
+from torch_depthmup.diagnostics.coordinates.slopes import Slope
 from torch_depthmup.rules import Family, Rule, get_family
 
 __all__ = ["named"]
@@ -25,10 +25,19 @@ def named(slopes: Sequence[Slope], rule: Rule, family: Family, gradient: float) 
         family: of the optimizer.
         gradient: the slope in depth of the residual stream's gradient at initialization, nan where it is not known.
     """
+    broken = [slope for slope in slopes if slope.verdict == "broken"]
+    kinds = dict.fromkeys(slope.kind for slope in broken if slope.kind) or {"": None}
+    heads = []
+    for kind in kinds:
+        mine = [slope for slope in slopes if slope.kind in ("", kind)]
+        heads += [f"{head}{f', in {kind}' if kind else ''}" for head in _causes(mine, rule, family, gradient)]
+    return heads + [_in_words(slope) for slope in broken]
+
+
+def _causes(slopes: Sequence[Slope], rule: Rule, family: Family, gradient: float) -> list[str]:
+    """The probable cause of what is broken in one kind of branches."""
     off = {s.quantity: s.measured - s.predicted for s in slopes if s.axis == "depth"}
     broken = [slope for slope in slopes if slope.verdict == "broken"]
-    if not broken:
-        return []
     in_depth = {slope.quantity for slope in broken if slope.axis == "depth"}
     causes: list[str] = []
     if "branch" in in_depth:
@@ -43,7 +52,7 @@ def named(slopes: Sequence[Slope], rule: Rule, family: Family, gradient: float) 
             f"probably the network, not the rule: at initialization the gradient in the residual stream goes as "
             f"depth^{gradient:+.2f}, and the rule takes it to be constant"
         ]
-    return head + [_in_words(slope) for slope in broken]
+    return head
 
 
 def _of_the_multiplier(off: float, rule: Rule) -> list[str]:
@@ -66,7 +75,7 @@ def _of_learning_rates(off: dict[str, float], rule: Rule, family: Family) -> lis
 def _in_words(slope: Slope) -> str:
     off = slope.measured - slope.predicted
     return (
-        f"the {QUANTITIES[slope.quantity]} goes as {slope.axis}^{slope.measured:+.2f} where the rule says "
+        f"the {slope.words} goes as {slope.axis}^{slope.measured:+.2f} where the rule says "
         f"{slope.predicted:+.2f}: too {'large' if off > 0 else 'small'} by {slope.axis}^{abs(off):.2f}"
     )
 

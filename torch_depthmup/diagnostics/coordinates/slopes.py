@@ -25,6 +25,8 @@ QUANTITIES: dict[str, str] = {
 }
 """What is held against the rule, in words."""
 
+MANY = 1000  # seeds beyond which it does not matter how many more it takes
+
 AXES = ("depth", "width")
 
 Point = tuple[int, int | None, int]
@@ -32,7 +34,7 @@ Point = tuple[int, int | None, int]
 
 Sizes = Mapping[Point, float]
 
-Verdict = Literal["holds", "broken", "cannot tell"]
+Verdict = Literal["holds", "broken", "cannot tell", "network"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ class Slope:
         low: lower end of its 95 % confidence interval.
         high: upper end.
         predicted: the rule's exponent.
-        verdict: ``"holds"``, ``"broken"``, or ``"cannot tell"`` where the interval is too wide to say.
+        verdict: ``"holds"``, ``"broken"``, ``"cannot tell"`` where the interval is too wide to say, or ``"network"``
+            where multipliers and learning rates hold in every branch and the whole still moves otherwise.
+        kind: the branches it is of, as their name with ``#`` for every number; ``""`` where there is one kind.
+        seeds: that it was measured with.
+        needed: about how many seeds would tell; ``seeds`` where these do, 0 where one seed gives no estimate.
     """
 
     axis: str
@@ -56,6 +62,14 @@ class Slope:
     high: float
     predicted: float
     verdict: Verdict
+    kind: str = ""
+    seeds: int = 1
+    needed: int = 0
+
+    @property
+    def words(self) -> str:
+        """The quantity in words."""
+        return QUANTITIES[self.quantity] + (f", {self.kind}" if self.kind else "")
 
     @property
     def prediction(self) -> str:
@@ -71,7 +85,7 @@ def exact(quantity: str, predicted: float) -> bool:
     return predicted <= 0 or quantity not in ("stream", "function")
 
 
-def slope(axis: str, quantity: str, sizes: Sizes, predicted: float, tolerance: float) -> Slope:
+def slope(axis: str, quantity: str, sizes: Sizes, predicted: float, tolerance: float, kind: str = "") -> Slope:
     """The slope of a quantity along an axis, at all values of the other axis together, and its verdict.
 
     Args:
@@ -80,15 +94,17 @@ def slope(axis: str, quantity: str, sizes: Sizes, predicted: float, tolerance: f
         sizes: of a whole grid.
         predicted: the rule's exponent.
         tolerance: how far from it a slope still counts as holding.
+        kind: of branches.
 
     Raises:
         MeasurementError: a size is zero or not finite, and has no logarithm.
     """
     if wrong := [point for point, size in sizes.items() if not (math.isfinite(size) and size > 0)]:
         depth, width, seed = wrong[0]
+        words = QUANTITIES[quantity] + (f" of {kind}" if kind else "")
         where = f"depth {depth}{'' if width is None else f', width {width}'}, seed {seed}"
         raise MeasurementError(
-            f"the {QUANTITIES[quantity]} is {sizes[wrong[0]]:.3g} at {where}, so it has no slope. Use a smaller lr, a "
+            f"the {words} is {sizes[wrong[0]]:.3g} at {where}, so it has no slope. Use a smaller lr, a "
             "layer that does not start at zero, or more steps"
         )
     measured, half = fit(axis, sizes)
@@ -100,7 +116,21 @@ def slope(axis: str, quantity: str, sizes: Sizes, predicted: float, tolerance: f
         verdict = "broken"
     elif bottom <= measured <= top and bottom - tolerance <= low and high <= top + tolerance:
         verdict = "holds"
-    return Slope(axis, quantity, measured, low, high, predicted, verdict)
+    seeds = len({seed for _, _, seed in sizes})
+    needed = seeds if verdict != "cannot tell" else _seeds_needed(seeds, half, tolerance)
+    return Slope(axis, quantity, measured, low, high, predicted, verdict, kind, seeds, needed)
+
+
+def _seeds_needed(seeds: int, half: float, tolerance: float) -> int:
+    """How many seeds make an interval as narrow as the tolerance, if they scatter like these; 0 where that is open."""
+    if seeds < 2 or not math.isfinite(half):
+        return 0
+    stats = needs("scipy.stats")
+    scatter = half / float(stats.t.ppf(0.975, seeds - 1)) * math.sqrt(seeds)
+    found = seeds
+    while found < MANY and float(stats.t.ppf(0.975, found - 1)) * scatter / math.sqrt(found) > tolerance:
+        found += 1
+    return max(found, 2 * seeds)
 
 
 def fit(axis: str, sizes: Sizes) -> tuple[float, float]:

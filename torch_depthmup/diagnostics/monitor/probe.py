@@ -2,7 +2,7 @@
 
 Nothing is hung on the model. A function mode reads the residual additions that `tracing` found; a dispatch mode reads
 the matrix products and convolutions with a weight, however the network writes them (modules, functional code, packed
-attention). This room knows no rule and compares nothing: `monitor.py` does.
+attention). This module knows no rule and compares nothing: `recording.py` does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -30,9 +31,36 @@ from torch_depthmup.running import (
 from torch_depthmup.tracing.branches import Trace, trace
 from torch_depthmup.tracing.replay import AtAdditions
 
-__all__ = ["Probe", "Product", "Sights", "signed_sum"]
+__all__ = ["Key", "Kind", "Probe", "Product", "Sights", "signed_sum"]
 
 aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """What is watched."""
+
+    FUNCTION = "function"
+    STREAM = "stream"
+    LAYER = "layer"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a measured feature belongs to.
+
+    Args:
+        kind: the function, a residual stream after an addition, or a weight operation.
+        name: the weight's parameter name, for a weight operation.
+        number: the branch's index, for a residual stream; which use of its weight it is, for a weight operation.
+    """
+
+    kind: Kind
+    name: str = ""
+    number: int = 0
+
+    def __str__(self) -> str:
+        """As in the rows: from a weight's second use on with ``#1``, ``#2``, ..."""
+        return f"{self.name}#{self.number}" if self.number else self.name
 
 
 @dataclass(frozen=True)
@@ -40,13 +68,13 @@ class Product:
     """A weight operation of the probe pass.
 
     Args:
-        name: the weight's parameter name; from the second use of the weight in the pass on with ``#1``, ``#2``, ...
+        key: the weight's parameter name, and the how-manieth use of the weight in the pass it is.
         weight: the operand that depends on parameters only, as the operation got it.
         value: ``W h`` without a bias.
         times: the same operation on the same input with another weight and no bias.
     """
 
-    name: str
+    key: Key
     weight: Tensor
     value: Tensor
     times: Callable[[Tensor], Tensor]
@@ -54,11 +82,10 @@ class Product:
 
 @dataclass
 class Sights:
-    """What a pass leaves: the main output and the gradients of the objective, by weight operation and by branch."""
+    """What a pass leaves: the main output, and the gradients of the objective where the pass was looked at."""
 
     output: Tensor
-    products: dict[str, Tensor | None]
-    streams: dict[int, Tensor | None]
+    gradients: dict[Key, Tensor | None]
 
 
 def signed_sum(output: Any) -> Tensor:
@@ -117,15 +144,9 @@ class Probe:
             with streams, products:
                 output = call(self.model, fresh(self.inputs))
             products.settle()
-            keys: list[Any] = [*products.edges, *streams.edges]
-            edges = [*products.edges.values(), *streams.edges.values()]
-            gradients = torch.autograd.grad(self.objective(output), edges, allow_unused=True)
-        by_key = dict(zip(keys, gradients, strict=True))
-        return Sights(
-            main_output(output).detach(),
-            {key: by_key[key] for key in products.edges},
-            {key: by_key[key] for key in streams.edges},
-        )
+            edges = products.edges | streams.edges
+            gradients = torch.autograd.grad(self.objective(output), list(edges.values()), allow_unused=True)
+        return Sights(main_output(output).detach(), dict(zip(edges, gradients, strict=True)))
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -156,14 +177,14 @@ class _Streams(AtAdditions):
 
     def __init__(self, found: Trace, see: Callable[[int, Tensor, Tensor], None]):
         super().__init__(found)
-        self.see, self.edges = see, dict[int, Any]()
+        self.see, self.edges = see, dict[Key, Any]()
 
     def meet(
         self, branch: int, position: int, operands: tuple[Tensor, Tensor], func: Callable, args: tuple, kwargs: dict
     ) -> Any:
         value = operands[position].detach().clone()  # the sum may be written over it
         result = func(*args, **kwargs)
-        self.edges[branch] = torch.autograd.graph.get_gradient_edge(result)
+        self.edges[Key(Kind.STREAM, number=branch)] = torch.autograd.graph.get_gradient_edge(result)
         with torch.no_grad():
             self.see(branch, result.detach(), value)
         return result
@@ -175,8 +196,8 @@ class _Products(TorchDispatchMode):
     def __init__(self, model: nn.Module, see: Callable[[Product], bool | None]):
         super().__init__()
         self.see, self.uses = see, dict[str, int]()
-        self.edges: dict[str, Any] = {}
-        self.pending: tuple[str, Tensor] | None = None
+        self.edges: dict[Key, Any] = {}
+        self.pending: tuple[Key, Tensor] | None = None
         # For each storage that depends on parameters only: which names, from where to where in it.
         self.constant: dict[int, list[tuple[tuple[str, ...], int, float]]] = {}
         self.alive: list[Tensor] = []
@@ -205,9 +226,9 @@ class _Products(TorchDispatchMode):
     def settle(self) -> None:
         """Notes where the last product's gradient arrives. Autograd has recorded the product only by now."""
         if self.pending is not None:
-            (name, out), self.pending = self.pending, None
+            (key, out), self.pending = self.pending, None
             if out.requires_grad:
-                self.edges[name] = torch.autograd.graph.get_gradient_edge(out)
+                self.edges[key] = torch.autograd.graph.get_gradient_edge(out)
 
     def _mark(self, tensor: Tensor, entry: tuple[tuple[str, ...], int, float]) -> None:
         self.alive.append(tensor)  # so that the storage's address stays taken
@@ -228,14 +249,14 @@ class _Products(TorchDispatchMode):
         at = weights[0]
         name = min(self._names(args[at]) or (), key=len)
         use = self.uses[name] = self.uses.get(name, -1) + 1
-        name = f"{name}#{use}" if use else name
+        key = Key(Kind.LAYER, name, use)
         value, times = result.detach(), _without_addend(func, args, kwargs, at)
         if added is not None and len(args) > added and isinstance(args[added], Tensor):
             value = value - _addend(func, args, kwargs, added, value)
         with torch.no_grad():
-            wanted = self.see(Product(name, args[at].detach(), value, times))
+            wanted = self.see(Product(key, args[at].detach(), value, times))
         if wanted is not False:
-            self.pending = (name, result)
+            self.pending = (key, result)
 
 
 OPERANDS: dict[Any, tuple[int, int, int | None]] = {

@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_depthmup.diagnostics.monitor.features import (
-    FUNCTION,
-    Feature,
-    Function,
-    Layer,
-    StreamAfter,
-    by_kind,
-    from_kinds,
-)
-from torch_depthmup.diagnostics.monitor.probe import Probe, Product, Sights, signed_sum
-from torch_depthmup.diagnostics.monitor.report import Report, Start, report
+from torch_depthmup.diagnostics.monitor.probe import Key, Kind, Probe, Product, Sights, signed_sum
+from torch_depthmup.diagnostics.monitor.report import Report, base_rows, report
+from torch_depthmup.diagnostics.shared.arguments import positive_integer
+from torch_depthmup.diagnostics.shared.content import content_digest
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.errors import MeasurementError, PlanError
+from torch_depthmup.rules import get_family
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.tracing.branches import Branch, Pattern, roles
@@ -42,6 +36,7 @@ COLUMNS = (
     "additions",
     "layer",
     "role",
+    "start",
     "size",
     "update",
     "change",
@@ -49,6 +44,7 @@ COLUMNS = (
     "initial",
     "below",
     "own_share",
+    "spread",
     "added",
     "gradient_alignment",
     "gradient",
@@ -59,9 +55,10 @@ COLUMNS = (
 )
 """Columns of the tidy frame, described at `FeatureMonitor`."""
 
-NUMBERS = COLUMNS[COLUMNS.index("size") : COLUMNS.index("folded")]
+NUMBERS = COLUMNS[COLUMNS.index("start") : COLUMNS.index("folded")]
 Row = dict[str, Any]
 FORMAT = 2
+FUNCTION = Key(Kind.FUNCTION)
 
 
 class FeatureMonitor:
@@ -72,12 +69,13 @@ class FeatureMonitor:
     runs in evaluation mode without the caller's autocast, with the batch's own statistics in batch norms; a compiled
     model is run eagerly.
 
-    Sizes are root mean squares over all entries. Each record appends rows of three kinds to `rows`:
+    Sizes are root mean squares over all entries; ``start`` is a feature's size at initialization. Each
+    record appends rows of three kinds to `rows`:
 
     - ``"function"``: the main output. ``size``, ``update`` since initialization, ``change`` since the last record.
-    - ``"stream"``: the sum h after a residual addition. Besides these ``added`` (the branch's value), ``gradient`` (of
-      the objective, at h) and ``gradient_alignment``: the mean over the first dimension of the cosine of h and its
-      gradient.
+    - ``"stream"``: the sum h after a residual addition. Besides these ``spread`` (the share of the size that differs
+      between samples), ``added`` (the branch's value), ``gradient`` (of the objective, at h) and
+      ``gradient_alignment``: the mean over the first dimension of the cosine of h and its gradient.
     - ``"layer"``: a weight operation's W h without bias, with W0 and h0 at initialization. ``own`` is (W - W0) h,
       ``initial`` is W0 h, ``below`` is W0 (h - h0); as vectors ``update = own + below``, and ``own_share`` is the share
       of ``own`` in ``update``: their inner product over ``update``'s square, NaN where nothing changed.
@@ -125,25 +123,24 @@ class FeatureMonitor:
         exclude: Sequence[Pattern] | Pattern | None = None,
         branches: Sequence[Pattern] | Pattern | None = None,
     ):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise MeasurementError(f"every must be a positive integer, the number of steps between records: {every!r}")
-        self.every, self.writers, self.rows = every, list(writers), list[Row]()
+        self.every = positive_integer("every", every)
+        self.writers, self.rows = list(writers), list[Row]()
         self.device = None if device is None else torch.device(device)
         self._probe: Probe | None = Probe(model, probe, objective, include=include, exclude=exclude, branches=branches)
+        self._digest = content_digest(probe)
         self.branches: tuple[Branch, ...] = self._probe.found.branches
         self._roles = roles(self.branches)
         self.plan: Plan | None = _plan(self._probe.model)
         self._patterns = [layers] if isinstance(layers, str) else layers
-        self._weights: dict[str, Tensor] = {}
-        self._first: dict[Feature, Tensor] = {}
-        self._last: dict[Feature, Tensor] = {}
+        self._weights: dict[Key, Tensor] = {}
+        self._first: dict[Key, Tensor] = {}
+        self._last: dict[Key, Tensor] = {}
         self._keep_reference()
-        self.start = self._sizes()
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the watched weight operations, in forward order."""
-        return tuple(self._weights)
+        return tuple(map(str, self._weights))
 
     @property
     def memory(self) -> int:
@@ -175,7 +172,8 @@ class FeatureMonitor:
         """The last record beside what the theory predicts, with findings in plain language.
 
         Args:
-            base: the monitor of the run at the base depth; without it collapse and repair are judged by the rule alone.
+            base: the monitor of the run at the base depth, or its data frame; without it nothing is said about what
+                depth does to the layers' learning, except what the rule predicts.
             family: the optimizer's family, ``"sgd"`` or an Adam-like one, whose predicted exponents are shown.
 
         Returns:
@@ -184,8 +182,7 @@ class FeatureMonitor:
         Raises:
             MeasurementError: nothing was recorded yet.
         """
-        base_rows = getattr(base, "rows", base)
-        return report(self.rows, self.start, plan=self.plan, base=base_rows, family=family, memory=self.memory)
+        return report(self.rows, self.plan, base_rows(base), get_family(family))
 
     def close(self) -> None:
         """Lets go of the model and of all reference tensors, and closes the writers. Rows stay readable."""
@@ -207,9 +204,10 @@ class FeatureMonitor:
         """Reference weights, features and rows, for going on in another process. ``torch.save`` takes it."""
         return {
             "format": FORMAT,
-            "weights": dict(self._weights),
-            "first": by_kind(self._first),
-            "last": by_kind(self._last),
+            "probe": self._digest,
+            "weights": _plain(self._weights),
+            "first": _plain(self._first),
+            "last": _plain(self._last),
             "rows": [dict(row) for row in self.rows],
         }
 
@@ -221,70 +219,65 @@ class FeatureMonitor:
         """
         if state.get("format") != FORMAT:
             raise MeasurementError(f"this monitor state has format {state.get('format')!r}, expected {FORMAT}")
-        kept: list[tuple[dict[Any, Tensor], dict[Any, Tensor]]] = [
-            (self._weights, state["weights"]),
-            (self._first, from_kinds(state["first"])),
-            (self._last, from_kinds(state["last"])),
-        ]
-        for own, given in kept:
-            wrong = [k for k in own.keys() | given.keys() if k not in own or k not in given]
-            wrong += [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
+        given = {name: _keyed(state[name]) for name in ("weights", "first", "last")}
+        kept = {"weights": self._weights, "first": self._first, "last": self._last}
+        for name, own in kept.items():
+            wrong = [k for k in own.keys() | given[name].keys() if k not in own or k not in given[name]]
+            wrong += [k for k in own.keys() & given[name].keys() if own[k].shape != given[name][k].shape]
             if wrong:
                 raise MeasurementError(
                     f"{min(map(self._label, wrong))}: the state is of another model, probe batch or choice of layers. "
                     "Make the monitor as in the run that wrote it"
                 )
-        for own, given in kept:
-            own.update({key: value.to(own[key], copy=True) for key, value in given.items()})
+        if state["probe"] != self._digest:
+            raise MeasurementError(
+                "the state was recorded on another probe batch, whose features cannot be compared with those of this "
+                "one. Make the monitor with the probe of the run that wrote it"
+            )
+        for name, own in kept.items():
+            own.update({k: value.to(own[k], copy=True) for k, value in given[name].items()})
         self.rows = [dict(row) for row in state["rows"]]
-        self.start = self._sizes()
-
-    def _sizes(self) -> Start:
-        streams = {
-            (branch.stream, branch.position): float(_rms(self._first[StreamAfter(i)]))
-            for i, branch in enumerate(self.branches)
-        }
-        return Start(float(_rms(self._first[FUNCTION])), streams)
 
     def _keep_reference(self) -> None:
         assert self._probe is not None
-        seen: list[str] = []
+        seen: list[Key] = []
         copies: dict[tuple[Any, ...], Tensor] = {}
 
         def product(it: Product) -> bool:
-            seen.append(it.name)
-            if self._watched(it.name):
+            seen.append(it.key)
+            if self._watched(it.key):
                 view = (it.weight.data_ptr(), it.weight.shape, it.weight.stride())
                 if view not in copies:
                     copies[view] = self._kept(it.weight)
-                self._weights[it.name] = copies[view]
-                self._first[Layer(it.name)] = self._kept(it.value)
-            return self._watched(it.name)
+                self._weights[it.key] = copies[view]
+                self._first[it.key] = self._kept(it.value)
+            return self._watched(it.key)
 
         def stream(branch: int, value: Tensor, added: Tensor) -> None:
-            self._first[StreamAfter(branch)] = self._kept(value)
+            self._first[_stream(branch)] = self._kept(value)
 
         self._check_patterns()
         sights = self._probe.run(product, stream)
         self._first[FUNCTION] = self._kept(sights.output)
-        missing = [branch.name for i, branch in enumerate(self.branches) if StreamAfter(i) not in self._first]
+        missing = [branch.name for i, branch in enumerate(self.branches) if _stream(i) not in self._first]
         if missing:
             raise MeasurementError(
                 f"{missing[0]}: the branch was not there in a second pass on the same inputs. A network that changes "
                 "from call to call cannot be watched; switch that off in evaluation mode"
             )
-        for feature in [*map(Layer, seen), *map(StreamAfter, range(len(self.branches))), FUNCTION]:
-            if feature in self._first and not self._first[feature].isfinite().all():
+        for key in [*seen, *map(_stream, range(len(self.branches))), FUNCTION]:
+            if key in self._first and not self._first[key].isfinite().all():
                 raise MeasurementError(
-                    f"{self._label(feature)}: not finite on the probe before any training step. Check the probe batch "
-                    "and the initialization (rule 'mup' lets deep networks without normalisation overflow)"
+                    f"{self._label(key)}: not finite on the probe before any training step. Check the probe batch and "
+                    "the initialization (rule 'mup' lets deep networks without normalisation overflow)"
                 )
         for pattern in self._patterns or ():
-            if not any(_fits(name, pattern) for name in self._weights):
-                close = difflib.get_close_matches(pattern, seen, 3, 0.3)
+            if not any(_fits(str(key), pattern) for key in self._weights):
+                names = list(map(str, seen))
+                close = difflib.get_close_matches(pattern, names, 3, 0.3)
                 raise MeasurementError(
                     f"layers={pattern!r} matches no weight operation. "
-                    + (f"Did you mean {' or '.join(map(repr, close))}?" if close else f"There are {', '.join(seen)}")
+                    + (f"Did you mean {' or '.join(map(repr, close))}?" if close else f"There are {', '.join(names)}")
                 )
         self._last = dict(self._first)
 
@@ -293,27 +286,35 @@ class FeatureMonitor:
             if not isinstance(pattern, str):
                 raise MeasurementError(f"layers takes name patterns such as '*.fc1.weight', not {pattern!r}")
 
-    def _watched(self, name: str) -> bool:
-        return self._patterns is None or any(_fits(name, pattern) for pattern in self._patterns)
+    def _watched(self, key: Key) -> bool:
+        return self._patterns is None or any(_fits(str(key), pattern) for pattern in self._patterns)
 
     def _kept(self, value: Tensor) -> Tensor:
         copy = value.detach().clone()  # what a view shares would change with training
         return copy if self.device is None else copy.to(self.device)
 
-    def _label(self, key: Feature | str) -> str:
-        match key:
-            case StreamAfter(branch):
-                return self.branches[branch].name
-            case Layer(name):
-                return name
-            case Function():
-                return "the model's output"
-        return key  # a weight is known by its name
+    def _label(self, key: Key) -> str:
+        if key.kind is Kind.FUNCTION:
+            return "the model's output"
+        return self.branches[key.number].name if key.kind is Kind.STREAM else str(key)
 
 
 def _fits(name: str, pattern: str) -> bool:
     """Whether a pattern means a weight or a module around it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _stream(branch: int) -> Key:
+    return Key(Kind.STREAM, number=branch)
+
+
+def _plain(kept: dict[Key, Tensor]) -> dict[tuple[str, str, int], Tensor]:
+    """With keys that ``torch.load(weights_only=True)`` reads."""
+    return {(key.kind.value, key.name, key.number): value for key, value in kept.items()}
+
+
+def _keyed(plain: dict[tuple[str, str, int], Tensor]) -> dict[Key, Tensor]:
+    return {Key(Kind(kind), name, number): value for (kind, name, number), value in plain.items()}
 
 
 def _plan(model: nn.Module) -> Plan | None:
@@ -330,14 +331,14 @@ class _Recording:
         self.monitor, self.probe = monitor, probe
         self.parameters = dict(probe.model.named_parameters())  # anew: loading a state may replace them
         self.entries: list[tuple[Row, dict[str, Tensor]]] = []
-        self.numbers: dict[Feature, dict[str, Tensor]] = {}
-        self.initial: dict[Feature, Tensor] = {}  # W0 h of layers, h of streams, until the gradients are there
-        self.now: dict[Feature, Tensor] = {}
+        self.numbers: dict[Key, dict[str, Tensor]] = {}
+        self.initial: dict[Key, Tensor] = {}  # W0 h of layers, h of streams, until the gradients are there
+        self.now: dict[Key, Tensor] = {}
 
     def rows(self, step: int) -> list[Row]:
         sights = self.probe.run(self._product, self._stream)
         monitor = self.monitor
-        missing = [branch.name for i, branch in enumerate(monitor.branches) if StreamAfter(i) not in self.numbers]
+        missing = [branch.name for i, branch in enumerate(monitor.branches) if _stream(i) not in self.numbers]
         if missing:
             raise MeasurementError(
                 f"{missing[0]}: it was there when the monitor was made and is not any more. A network that changes "
@@ -356,27 +357,28 @@ class _Recording:
             rows.append({"step": step, **row, **{n: measured.get(n, math.nan) for n in NUMBERS}})
         return [{column: row[column] for column in COLUMNS} for row in rows]
 
-    def _row(self, feature: Feature) -> Row:
+    def _row(self, key: Key) -> Row:
         monitor = self.monitor
         row: Row = {"stream": -1, "branch": "", "position": -1, "additions": 0, "layer": "", "role": "outside"}
-        row |= {"kind": "function", "folded": 1.0}
-        index: int | None = None
-        match feature:
-            case StreamAfter(branch):
-                index, row["kind"] = branch, "stream"
-            case Layer(name):
-                row |= {"kind": "layer", "layer": name}
-                parameter = name.partition("#")[0]
-                if parameter in monitor._roles:
-                    index, row["role"] = monitor._roles[parameter]
-                if monitor.plan is not None:
-                    row["folded"] = monitor.plan[parameter].folded
+        row |= {"kind": key.kind.value, "folded": 1.0}
+        index = key.number if key.kind is Kind.STREAM else None
+        if key.kind is Kind.LAYER:
+            row["layer"] = str(key)
+            if key.name in monitor._roles:
+                index, row["role"] = monitor._roles[key.name]
+            if monitor.plan is not None:
+                row["folded"] = monitor.plan[key.name].folded
         if index is not None:
-            held = monitor.branches[index]
-            row |= {"stream": held.stream, "branch": held.name, "position": held.position, "additions": held.additions}
+            branch = monitor.branches[index]
+            row |= {
+                "stream": branch.stream,
+                "branch": branch.name,
+                "position": branch.position,
+                "additions": branch.additions,
+            }
         return row
 
-    def _update(self, key: Feature, value: Tensor) -> Tensor:
+    def _update(self, key: Key, value: Tensor) -> Tensor:
         """Notes size, update and change of a feature; returns its update since initialization."""
         if value.shape != self.monitor._first[key].shape:
             raise MeasurementError(
@@ -385,47 +387,47 @@ class _Recording:
             )
         update = value - self.monitor._first[key].to(value.device)
         change = value - self.monitor._last[key].to(value.device)
-        self.numbers[key] = {"size": _rms(value), "update": _rms(update), "change": _rms(change)}
+        start = _rms(self.monitor._first[key]).to(value.device)
+        self.numbers[key] = {"start": start, "size": _rms(value), "update": _rms(update), "change": _rms(change)}
         self.now[key] = value.clone()  # what comes after may write over it
         return update
 
     def _stream(self, branch: int, value: Tensor, added: Tensor) -> None:
-        key = StreamAfter(branch)
+        key = _stream(branch)
         self._update(key, value)
         self.numbers[key]["added"] = _rms(added)
+        if len(value) > 1:
+            self.numbers[key]["spread"] = _rms(value - value.mean(0)) / _rms(value)
         self.initial[key] = self.now[key]
         self.entries.append((self._row(key), self.numbers[key]))
 
     def _product(self, it: Product) -> bool:
         monitor = self.monitor
-        if it.name not in monitor._weights:
+        if it.key not in monitor._weights:
             return False
-        key = Layer(it.name)
-        difference = it.weight - monitor._weights[it.name].to(it.weight.device)
+        difference = it.weight - monitor._weights[it.key].to(it.weight.device)
         own = it.times(difference)
         initial = it.value - own
-        if it.value.shape == monitor._first[key].shape:
-            update = self._update(key, it.value)
+        if it.value.shape == monitor._first[it.key].shape:
+            update = self._update(it.key, it.value)
         else:  # an expert that got other samples: what it learned itself is known, how its features moved is not
-            self.numbers[key] = {"size": _rms(it.value)}
+            self.numbers[it.key] = {"size": _rms(it.value)}
             update = torch.full_like(it.value, math.nan)
-        numbers = self.numbers[key]
+        numbers = self.numbers[it.key]
         numbers["own"], numbers["initial"], numbers["below"] = _rms(own), _rms(initial), _rms(update - own)
         wide = update.flatten().to(_wide(update))
         numbers["own_share"] = torch.dot(own.flatten().to(wide.dtype), wide) / torch.dot(wide, wide)
         numbers["weight"], numbers["weight_update"] = _norm(it.weight), _norm(difference)
-        parameter = self.parameters.get(it.name.partition("#")[0])
+        parameter = self.parameters.get(it.key.name)
         if parameter is not None and parameter.grad is not None:
             numbers["weight_gradient"] = _norm(parameter.grad)
-        self.initial[key] = initial
-        self.entries.append((self._row(key), numbers))
+        self.initial[it.key] = initial
+        self.entries.append((self._row(it.key), numbers))
         return True
 
     def _gradients(self, sights: Sights) -> None:
         with torch.no_grad():
-            gradients: dict[Feature, Tensor | None] = {Layer(n): g for n, g in sights.products.items()}
-            gradients |= {StreamAfter(branch): g for branch, g in sights.streams.items()}
-            for key, gradient in gradients.items():
+            for key, gradient in sights.gradients.items():
                 if gradient is not None:
                     self.numbers[key]["gradient"] = _rms(gradient)
                     self.numbers[key]["gradient_alignment"] = _cosine(self.initial[key], gradient)

@@ -1,31 +1,37 @@
-"""What a monitor's numbers mean, in plain language: collapse, repaired, exploding, lazy, healthy.
+"""What a monitor's rows mean, in plain language. Reads rows and a plan, measures nothing, and knows no monitor.
 
-Reads rows and a plan, measures nothing. Thresholds stand at the top.
+Thresholds stand at the top.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch_depthmup import rules
 from torch_depthmup.errors import MeasurementError
-from torch_depthmup.rules import Family, Rule, get_family
+from torch_depthmup.rules import Family, Rule
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.tables import columns
 
-__all__ = ["Finding", "Kind", "Report", "Stage", "Start", "StreamReport", "report"]
+__all__ = ["Finding", "Kind", "Report", "Row", "Stage", "base_rows", "report"]
 
-Kind = Literal["collapse", "repaired", "exploding", "lazy", "untrained", "healthy"]
+Kind = Literal[
+    "diverged", "exploding", "collapsed", "frozen", "collapse", "repaired", "predicted", "lazy", "untrained",
+    "healthy", "unknown",
+]  # fmt: skip
+WRONG = {"diverged", "exploding", "collapsed", "frozen", "collapse", "lazy", "untrained"}
 Row = dict[str, Any]
 
 EXPONENT = 0.25  # halfway between what vanishes as depth^(-1/2) and what stays
 DEEPER = 1.5  # depth ratios below this say nothing about exponents
-GROWN = 10.0  # a residual stream that is so many times its initial size explodes
-THROUGH = 30.0  # and so does one that grows so much from its first to its last branch
+GROWN = 10.0  # a residual stream explodes if it is so many times its initial size (with a base: its growth in the base)
+FASTER = 1.5  # ... and has grown by so much in the second half of the training so far
+THROUGH = 30.0  # a stream that grows so much from its first to its last branch explodes at initialization
+ALIKE = 0.01  # features whose samples differ by less than this share of their size have collapsed
 STILL = 0.02  # features that moved by less than this share of their size are lazy ...
 AHEAD = 10.0  # ... if the function moved so many times more
 
@@ -35,7 +41,11 @@ class Finding:
     """One thing that the numbers say.
 
     Args:
-        kind: ``"collapse"``, ``"repaired"``, ``"exploding"``, ``"lazy"``, ``"untrained"`` or ``"healthy"``.
+        kind: ``"diverged"`` (not finite), ``"exploding"`` (still growing fast), ``"collapsed"`` (all samples alike),
+            ``"frozen"`` (weights that do not change), ``"lazy"`` (only the readout learns), ``"untrained"``;
+            ``"collapse"`` or ``"repaired"`` where inner layers learn less than in the base run, or as much;
+            ``"predicted"`` where there is no base run and only the rule says so; ``"healthy"`` where nothing is wrong;
+            ``"unknown"`` where that cannot be told without a base run.
         where: the stage or the stream, ``""`` for the whole model.
         text: a sentence or two.
     """
@@ -88,27 +98,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Sizes before training, which updates are compared with.
-
-    Args:
-        function: of the main output.
-        streams: of the residual streams, by stream and position of the addition.
-    """
-
-    function: float
-    streams: Mapping[tuple[int, int], float]
-
-
-@dataclass(frozen=True)
-class StreamReport:
+class StreamMove:
     """A residual stream at the last record.
 
     Args:
-        name: its number, the prefix of its branches, its additions.
-        update: at its end, relative to its initial size.
-        growth: its size at its end over the initial one.
-        gradient_alignment: the mean over its additions of the cosine between stream and gradient.
+        name: its index, the prefix of its branches and how many additions it has.
+        update: of its end, relative to its initial size.
+        growth: its size over its initial size.
+        gradient_alignment: mean cosine with its gradient.
     """
 
     name: str
@@ -128,23 +125,19 @@ class Report:
         streams: what each residual stream did.
         function: the function's relative update.
         findings: what it means.
-        memory: bytes that the monitor keeps between records.
     """
 
     step: int
     rule: Rule | None
     stages: tuple[Stage, ...]
-    streams: tuple[StreamReport, ...]
+    streams: tuple[StreamMove, ...]
     function: float
     findings: tuple[Finding, ...]
-    memory: int
 
     def __str__(self) -> str:
-        named = f"rule {self.rule.name}" if self.rule else "no plan"
-        lines = [f"step {self.step}, {named}; the monitor keeps {self.memory / 2**20:.3g} MiB", ""]
-        header = ("layers", "role", "number", "own update", "own/W0h", "share", "exponent", "predicted", "measured")
-        lines += columns(header, [(stage.name, _stage_cells(stage)) for stage in self.stages])
-        lines.append("")
+        header = ("layers", "role", "number", "own", "own/W0h", "share", "exponent", "predicted", "measured")
+        lines = [f"step {self.step}, {f'rule {self.rule.name}' if self.rule else 'no plan'}", ""]
+        lines += [*columns(header, [(s.name, _stage_cells(s)) for s in self.stages]), ""]
         cells = [
             (s.name, (f"{s.update:.3g}", f"{s.growth:.3g}x", f"{s.gradient_alignment:+.3f}")) for s in self.streams
         ]
@@ -166,43 +159,35 @@ def _stage_cells(stage: Stage) -> tuple[str, ...]:
     )
 
 
-def report(
-    rows: Sequence[Row],
-    start: Start,
-    *,
-    plan: Plan | None = None,
-    base: Any = None,
-    family: str | Family = "adam",
-    memory: int = 0,
-) -> Report:
+def report(rows: list[Row], plan: Plan | None, base: list[Row] | None, family: Family) -> Report:
     """Sums up the last record among a monitor's rows.
 
     Args:
-        rows: of a monitor with at least one record.
-        start: the sizes before training.
-        plan: of the network, if it has one.
-        base: the rows of the base run, or its data frame; compared at the same step where they have it.
+        rows: of one monitor, with at least one record.
+        plan: of the model, ``None`` without one.
+        base: the rows of the base run, which must hold the same step, or ``None``.
         family: the optimizer's family.
-        memory: bytes that the monitor keeps.
 
     Raises:
-        MeasurementError: nothing was recorded, or ``base`` is something else.
+        MeasurementError: nothing was recorded, or the base run has no record at that step.
     """
     if not rows:
         raise MeasurementError("nothing was recorded yet. Call monitor.record(step) after a training step")
-    family = get_family(family)
-    last = _at(rows, rows[-1]["step"])
-    base_rows = None if base is None else _base_rows(base, last[0]["step"])
-    stages = tuple(_stages(last, base_rows, plan, family))
-    streams = tuple(_streams(last, start))
-    moved = _over(last[0]["update"], start.function)
+    step = rows[-1]["step"]
+    last, last_of_base = _at(rows, step), _base_at(base, step)
+    stages = tuple(_stages(last, last_of_base, plan, family))
+    streams = tuple(_streams(last))
+    function = next(row for row in last if row["kind"] == "function")
+    moved = _over(function["update"], function["start"])
     rule = None if plan is None else plan.rule
-    found = [*_exploding(last, start), *_depth_findings(stages, rule, family), *_lazy(last, start, moved)]
-    if not {finding.kind for finding in found} & {"exploding", "collapse", "lazy", "untrained"}:
-        most = max(stream.update for stream in streams)
-        text = f"features and function move together (streams by up to {most:.0%} of their size, "
-        found.append(Finding("healthy", "", text + f"the function by {moved:.0%}): healthy"))
-    return Report(last[0]["step"], rule, stages, streams, moved, tuple(found), memory)
+    found = [*_not_finite(last)]
+    if not found:
+        found += [*_exploding(rows, last, last_of_base), *_collapsed(last), *_lazy(last, moved)]
+        if not any(finding.kind == "untrained" for finding in found):
+            found += [*_frozen(last), *_depth_findings(stages, rule, family)]
+    if not {finding.kind for finding in found} & WRONG:
+        found.append(_nothing_wrong(streams, moved, last_of_base is not None or _is_base(stages, rule)))
+    return Report(step, rule, stages, streams, moved, tuple(found))
 
 
 def _at(rows: Iterable[Row], step: int) -> list[Row]:
@@ -212,13 +197,32 @@ def _at(rows: Iterable[Row], step: int) -> list[Row]:
     return found[starts[-1] :] if starts else []
 
 
-def _base_rows(base: Any, step: int) -> list[Row]:
-    if not (isinstance(base, list) or hasattr(base, "to_dict")):
+def base_rows(base: Any) -> list[Row] | None:
+    """The rows of a monitor or of its data frame; ``None`` of ``None``.
+
+    Raises:
+        MeasurementError: it is something else, or has no records.
+    """
+    if base is None:
+        return None
+    if not (hasattr(base, "rows") or hasattr(base, "to_dict")):
         raise MeasurementError(f"base must be a FeatureMonitor or its data frame, not {type(base).__name__}")
-    rows: list[Row] = base if isinstance(base, list) else base.to_dict("records")
+    rows: list[Row] = base.rows if hasattr(base, "rows") else base.to_dict("records")
     if not rows:
         raise MeasurementError("base has no records. Record at the same steps in the base run")
-    return _at(rows, step) or _at(rows, rows[-1]["step"])
+    return rows
+
+
+def _base_at(rows: list[Row] | None, step: int) -> list[Row] | None:
+    if rows is None:
+        return None
+    if found := _at(rows, step):
+        return found
+    steps = sorted({row["step"] for row in rows})
+    raise MeasurementError(
+        f"base has no record at step {step}, only at {', '.join(map(str, steps[-5:]))}. Learning at different steps "
+        "cannot be compared: record at the same steps in both runs"
+    )
 
 
 def _over(part: float, whole: float) -> float:
@@ -287,39 +291,93 @@ def _stream_rows(rows: Iterable[Row]) -> dict[int, list[Row]]:
     return streams
 
 
-def _streams(rows: list[Row], start: Start) -> Iterable[StreamReport]:
+def _streams(rows: list[Row]) -> Iterable[StreamMove]:
     for stream, members in _stream_rows(rows).items():
         last = members[-1]
-        begun = start.streams[stream, last["position"]]
         alignment = _mean(row["gradient_alignment"] for row in members)
         name = f"{stream}: {_prefix(members[0]['branch'])}, {last['additions']} additions"
-        yield StreamReport(name, _over(last["update"], begun), _over(last["size"], begun), alignment)
+        yield StreamMove(name, _over(last["update"], last["start"]), _growth(last), alignment)
+
+
+def _growth(row: Row) -> float:
+    return _over(row["size"], row["start"])
 
 
 # Findings
 
 
-def _exploding(rows: list[Row], start: Start) -> Iterable[Finding]:
+def _not_finite(rows: list[Row]) -> Iterable[Finding]:
     # The function stands first among the rows and comes last in the network.
     broken = next((row for row in [*rows[1:], rows[0]] if not math.isfinite(row["size"])), None)
     if broken is not None:
         where = broken["layer"] or broken["branch"] or "the function"
-        yield Finding("exploding", where, f"{where} is not finite at step {broken['step']}: exploding; lower the lr")
-        return
-    for stream, members in _stream_rows(rows).items():
-        worst = max(members, key=lambda row: _over(row["size"], start.streams[stream, row["position"]]))
-        grown = _over(worst["size"], start.streams[stream, worst["position"]])
-        if grown >= GROWN:
-            text = f"the residual stream at {worst['branch']} is {grown:.3g}x its initial size: exploding; lower the lr"
-            yield Finding("exploding", worst["branch"], text)
-        first, last = (start.streams[stream, end["position"]] for end in (members[0], members[-1]))
-        if _over(last, first) >= THROUGH:
+        yield Finding("diverged", where, f"{where} is not finite at step {broken['step']}: diverged; lower the lr")
+
+
+def _exploding(rows: list[Row], last: list[Row], base: list[Row] | None) -> Iterable[Finding]:
+    before = _stream_rows(_at(rows, _halfway(rows)))
+    in_base = {stream: max(map(_growth, members)) for stream, members in _stream_rows(base or []).items()}
+    for stream, members in _stream_rows(last).items():
+        worst = max(members, key=_growth)
+        half = next((_growth(r) for r in before.get(stream, ()) if r["position"] == worst["position"]), 1.0)
+        if _growth(worst) >= GROWN * in_base.get(stream, 1.0) and _growth(worst) >= FASTER * half:
             text = (
-                f"the residual stream grows {_over(last, first):.3g}x from {members[0]['branch']} to "
-                f"{members[-1]['branch']} at initialization: exploding; rule depth-mup-corrected or "
-                "complete-p bounds it"
+                f"the residual stream at {worst['branch']} is {_growth(worst):.3g}x its initial size and still grows: "
+                "exploding; lower the lr"
+            )
+            yield Finding("exploding", worst["branch"], text)
+        through = _over(members[-1]["start"], members[0]["start"])
+        if through >= THROUGH:
+            text = (
+                f"the residual stream grows {through:.3g}x from {members[0]['branch']} to {members[-1]['branch']} at "
+                "initialization: exploding; rule depth-mup-corrected or complete-p bounds it"
             )
             yield Finding("exploding", members[-1]["branch"], text)
+
+
+def _halfway(rows: list[Row]) -> int:
+    """The recorded step that is nearest to half of the last one."""
+    steps = sorted({row["step"] for row in rows})
+    return min(steps, key=lambda step: abs(2 * step - steps[-1]))
+
+
+def _collapsed(rows: list[Row]) -> Iterable[Finding]:
+    for members in _stream_rows(rows).values():
+        alike = next((row for row in members if row["spread"] < ALIKE), None)
+        if alike is not None:
+            where = alike["branch"]
+            text = (
+                f"after {where} the features of all samples are alike to {alike['spread']:.1g} of their size: collapsed"
+            )
+            yield Finding("collapsed", where, text)
+
+
+def _frozen(rows: list[Row]) -> Iterable[Finding]:
+    groups = _grouped(rows)
+    for (_, name, role), members in groups.items():
+        still = [row["layer"] for row in members if row["weight_update"] == 0]
+        if still:
+            which = f"{len(still)} of {len(members)} {role} layers of {name}"
+            text = f"{which} have not changed since initialization ({still[0]}): frozen; are they in the optimizer?"
+            yield Finding("frozen", name, text)
+
+
+def _is_base(stages: Iterable[Stage], rule: Rule | None) -> bool:
+    """Whether the plan says that this is the base run itself, or one of nearly its depth."""
+    known = rule is not None and rule.scales_depth
+    return known and all(stage.base_additions is not None and stage.ratio < DEEPER for stage in stages)
+
+
+def _nothing_wrong(streams: Iterable[StreamMove], moved: float, compared: bool) -> Finding:
+    most = max(stream.update for stream in streams)
+    text = (
+        f"features and function move together (streams by up to {most:.0%} of their size, the function by {moved:.0%})"
+    )
+    if compared:
+        return Finding("healthy", "", text + ": healthy")
+    return Finding(
+        "unknown", "", text + "; whether layers learn as much as in a shallow network is not known: pass base="
+    )
 
 
 def _depth_findings(stages: Iterable[Stage], rule: Rule | None, family: Family) -> Iterable[Finding]:
@@ -333,23 +391,23 @@ def _depth_findings(stages: Iterable[Stage], rule: Rule | None, family: Family) 
 def _measured(stage: Stage, rule: Rule | None, family: Family) -> Finding | None:
     """Compares with the base run."""
     assert stage.factor is not None
-    where = f"inner layers of {stage.name}"
+    where, base = f"inner layers of {stage.name}", f"in the base of {stage.base_additions} additions"
     if not math.isfinite(stage.factor):
-        return None
+        return Finding(
+            "unknown", stage.name, f"{where} did not learn in the base run: there is nothing to compare with"
+        )
     if stage.factor <= 0:
-        return Finding("collapse", stage.name, f"{where} learn nothing at depth {stage.additions}: collapse")
+        return Finding("collapse", stage.name, f"{where} learn nothing with {stage.additions} additions: collapse")
     exponent = math.log(stage.factor) / math.log(stage.ratio)
     if exponent < -EXPONENT:
-        text = f"{where} learn {1 / stage.factor:.2g}x less than at depth {stage.base_additions}: collapse"
+        text = f"{where} learn {1 / stage.factor:.2g}x less than {base}: collapse"
         return Finding("collapse", stage.name, text + _why(stage, rule, family))
     more = "as much as" if 0.8 < stage.factor < 1.25 else f"{stage.factor:.2g}x what they learn"
     if exponent > EXPONENT:
-        text = (
-            f"{where} learn {stage.factor:.2g}x what they learn at depth {stage.base_additions}: exploding with depth"
-        )
+        text = f"{where} learn {stage.factor:.2g}x what they learn {base}: exploding with depth"
         return Finding("exploding", stage.name, text + (f", not predicted for {rule.name}" if rule else ""))
     if rule is not None and rule.alpha > 0 and stage.exponent == 0:
-        text = f"{where} learn {more} at depth {stage.base_additions}: repaired by {rule.name}"
+        text = f"{where} learn {more} {base}: repaired by {rule.name}"
         return Finding("repaired", stage.name, text + _price(stage, rule, family))
     return None
 
@@ -358,18 +416,16 @@ def _expected(stage: Stage, rule: Rule | None, family: Family) -> Finding | None
     """Without a base run there is only the rule to go by, and the text says so."""
     if rule is None or stage.exponent is None or stage.predicted is None or rule.alpha == 0:
         return None
-    hint = "predicted, not measured: pass base= the base run's monitor"
+    hint = "not measured: pass base= the base run's monitor"
+    where = f"inner layers of {stage.name} should learn"
+    beside = f"in the base of {stage.base_additions} additions under {rule.name} ({hint})"
     if stage.exponent < -EXPONENT:
-        text = (
-            f"inner layers of {stage.name} learn {1 / stage.predicted:.2g}x less than at depth {stage.base_additions} "
-            f"under {rule.name}: collapse ({hint}); {_repair(rule, family)}"
-        )
-        return Finding("collapse", stage.name, text)
-    if stage.exponent == 0:
-        text = f"inner layers of {stage.name} learn as much as at depth {stage.base_additions}: repaired by {rule.name}"
-        text += f" ({hint})"
-        return Finding("repaired", stage.name, text + _price(stage, rule, family))
-    return None
+        text = f"{where} {1 / stage.predicted:.2g}x less than {beside}; {_repair(rule, family)}"
+    elif stage.exponent == 0:
+        text = f"{where} as much as {beside}{_price(stage, rule, family)}"
+    else:
+        return None
+    return Finding("predicted", stage.name, text)
 
 
 def _why(stage: Stage, rule: Rule | None, family: Family) -> str:
@@ -395,13 +451,11 @@ def _price(stage: Stage, rule: Rule, family: Family) -> str:
     return f"; the price: the residual stream's update grows as depth^{growth:g}, up to {stage.ratio**growth:.2g}x here"
 
 
-def _lazy(rows: list[Row], start: Start, function: float) -> Iterable[Finding]:
+def _lazy(rows: list[Row], function: float) -> Iterable[Finding]:
     if all(row["update"] == 0 for row in rows if row["kind"] != "layer"):
         yield Finding("untrained", "", "nothing has moved since initialization: record after training steps")
         return
-    features = max(
-        _over(row["update"], start.streams[row["stream"], row["position"]]) for row in rows if row["kind"] == "stream"
-    )
+    features = max(_over(row["update"], row["start"]) for row in rows if row["kind"] == "stream")
     if features < STILL and function > AHEAD * features:
         text = (
             f"the function moved by {function:.2g} of its size while the residual streams moved by {features:.2g}: "

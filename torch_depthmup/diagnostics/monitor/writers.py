@@ -67,6 +67,9 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+SHOWN = ("size", "update", "own", "gradient_alignment", "gradient")
+
+
 class TensorBoardWriter:
     """Writes each number as a scalar ``<quantity>/<branch or layer>`` to a TensorBoard writer.
 

@@ -24,6 +24,7 @@ __all__ = ["Coupling", "GaussianMatrix", "Noise", "TrainedMatrix", "checked_coup
 Coupling = Literal["reused", "decoupled"]
 
 ROUNDING = 100  # times eps: what is left of a query, relative to it, that is rounding and no new direction
+MOSTLY_NEW = 0.1  # share of a query off the basis above which one Gram-Schmidt pass is as good as ten times rounding
 SPREAD = 1e-2  # directions are made orthonormal together down to this ratio of their Gram matrix's eigenvalues
 
 
@@ -180,11 +181,14 @@ class Product:
 
 
 def _split(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates along an orthonormal basis, and the remainder; twice, since once leaves rounding behind."""
+    """Coordinates along an orthonormal basis, and the remainder; twice where once leaves too much rounding behind."""
     if not basis.shape[1]:
         return rows.new_zeros(*rows.shape[:2], 0), rows
     first = torch.bmm(rows, basis.mT)
     remainder = torch.baddbmm(rows, first, basis, alpha=-1)
+    left = torch.linalg.vector_norm(remainder, dim=2) >= MOSTLY_NEW * torch.linalg.vector_norm(rows, dim=2)
+    if bool(left.all()):
+        return first, remainder
     second = torch.bmm(remainder, basis.mT)
     return first + second, torch.baddbmm(remainder, second, basis, alpha=-1)
 
@@ -199,12 +203,20 @@ def _directions(rows: Tensor, smallest: Tensor) -> Tensor | None:
     live = norms > smallest
     if not bool(live.any()):
         return None
-    units = rows * torch.where(live, 1 / norms, 0.0)[:, :, None]
+    units = (rows * torch.where(live, 1 / norms, 0.0)[:, :, None])[:, live.any(0)]
     values, vectors = torch.linalg.eigh(torch.bmm(units, units.mT))
     kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
     rank = int(kept.sum(1).max())
     scales = torch.where(kept, values.clamp_min(torch.finfo(rows.dtype).tiny).rsqrt(), 0.0)[:, -rank:]
-    basis = torch.bmm((vectors[:, :, -rank:] * scales[:, None]).mT, units)
+    vectors = vectors[:, :, -rank:]
+    turned = vectors * scales[:, None]
+    # An eigenvector's sign is rounding, and what a seed draws must not hang on it: G^{-1/2}, or a sign by convention.
+    if bool(kept.all()):
+        turned = torch.bmm(turned, vectors.mT)
+    else:
+        uneven = torch.arange(1, vectors.shape[1] + 1, device=rows.device, dtype=rows.dtype).sqrt()
+        turned = turned * torch.where((uneven[:, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    basis = torch.bmm(turned.mT, units)
     # One step of Newton's iteration towards the nearest orthonormal rows: (3 - G) / 2, which also maps 0 to 0.
     gram = torch.bmm(basis, basis.mT)
     return torch.baddbmm(basis, gram, basis, beta=1.5, alpha=-0.5)
@@ -240,17 +252,28 @@ class TrainedMatrix:
 
     def right(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For rows q the product, what of it is due to the change, and the coordinates of q."""
-        answer, side = self.start.right(queries), self.start.left_side
-        inner = torch.bmm(answer.coordinates[:, :, : self.change.shape[2]], self.change.mT)
-        own = torch.bmm(inner, side.queries[:, : self.change.shape[1]])
+        answer = self.start.right(queries)
+        own = self._own(answer)
         return own.add(answer.value, alpha=self.gain), own, answer.coordinates
+
+    def right_value(self, answer: Product) -> Tensor:
+        """The product, from what the start answered."""
+        return self._own(answer).add_(answer.value, alpha=self.gain)
+
+    def _own(self, answer: Product) -> Tensor:
+        inner = torch.bmm(answer.coordinates[:, :, : self.change.shape[2]], self.change.mT)
+        return torch.bmm(inner, self.start.left_side.queries[:, : self.change.shape[1]])
 
     def left(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """For rows p the transposed product, and the coordinates of p."""
-        answer, side = self.start.left(queries), self.start.right_side
+        answer = self.start.left(queries)
+        return self.left_value(answer), answer.coordinates
+
+    def left_value(self, answer: Product) -> Tensor:
+        """The transposed product, from what the start answered."""
         inner = torch.bmm(answer.coordinates[:, :, : self.change.shape[1]], self.change)
-        own = torch.bmm(inner, side.queries[:, : self.change.shape[2]])
-        return own.add_(answer.value, alpha=self.gain), answer.coordinates
+        own = torch.bmm(inner, self.start.right_side.queries[:, : self.change.shape[2]])
+        return own.add_(answer.value, alpha=self.gain)
 
     def plus(self, other: TrainedMatrix, factor: float = 1.0) -> TrainedMatrix:
         """self + factor * other, of the same start."""
@@ -261,6 +284,18 @@ class TrainedMatrix:
     def times(self, factor: float) -> TrainedMatrix:
         """factor * self."""
         return TrainedMatrix(self.start, factor * self.gain, factor * self.change)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, (seeds,): of the entries not seen yet the mean square stands for the square."""
+        start, left, right = self.start, self.start.left_side, self.start.right_side
+        square = self.change.square().sum((1, 2))
+        if self.gain:
+            seen = torch.bmm(left.queries, right.products.mT)  # Q_b W Q_f^T
+            known = right.products.square().sum((1, 2)) + left.products.square().sum((1, 2)) - seen.square().sum((1, 2))
+            unseen = start.std**2 * (start.rows - left.count) * (start.columns - right.count)
+            change = _padded(self.change, left.count, right.count)
+            square = square + self.gain**2 * (known + unseen) + 2 * self.gain * (change * seen).sum((1, 2))
+        return square.clamp_min(0).sqrt()
 
 
 def _padded(change: Tensor, left: int, right: int) -> Tensor:

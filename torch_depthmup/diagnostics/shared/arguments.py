@@ -12,7 +12,22 @@ from torch import Tensor
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.running import tensors_in
 
-__all__ = ["checked_samples", "positive_integers", "positive_numbers", "seeds_of"]
+__all__ = ["checked_samples", "positive_integer", "positive_integers", "positive_numbers", "seeds_of"]
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """A positive integer.
+
+    Args:
+        name: what it is, for the message.
+        value: an ``int``, or an integer of another library.
+
+    Raises:
+        DepthMuPError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise DepthMuPError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)
 
 
 def positive_integers(name: str, values: Any, least: int = 1) -> list[int]:

@@ -36,16 +36,17 @@ class DigitsResNet(nn.Sequential):
     Args:
         depth: number of residual blocks.
         width: size of the residual stream.
+        pixels: of a picture.
 
     Shapes:
-        input (batch, 64), output (batch, 10).
+        input (batch, pixels), output (batch, 10).
     """
 
-    def __init__(self, depth: int, width: int = 64):
+    def __init__(self, depth: int, width: int = 64, pixels: int = 64):
         if depth < 1 or width < 1:
             raise ValueError(f"depth and width must be at least 1, not {depth} and {width}")
         super().__init__(
-            nn.Linear(64, width), *[Residual(_branch(width)) for _ in range(depth)], nn.LayerNorm(width),
+            nn.Linear(pixels, width), *[Residual(_branch(width)) for _ in range(depth)], nn.LayerNorm(width),
             nn.Linear(width, 10),
         )  # fmt: skip
 

@@ -18,7 +18,8 @@ def transfer_figure(sweep: Sweep, *, title: str = "") -> Any:
     """Loss against the base's learning rate: a panel for each rule, a line for each depth, all seeds as dots.
 
     The line is the median over seeds and ends where the median run diverged; a ring marks each depth's best learning
-    rate, and the vertical line the one tuned at the shallowest depth.
+    rate, a triangle one at an end of the grid, beyond which the optimum may lie; the vertical line is the one tuned at
+    the shallowest depth.
 
     Args:
         sweep: finished runs.
@@ -63,13 +64,17 @@ def _draw(axis: Any, sweep: Sweep, rule: str, depth: int, color: Any) -> None:
     best = sweep.optimum(rule, depth)
     if math.isnan(best.lr):
         return
-    axis.plot(best.lr, best.loss, "o", markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=1.6)
+    mark = {"": "o", "<": "<", ">": ">"}[best.log2_lr.bound]
+    axis.plot(
+        best.lr, best.loss, mark, markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=1.6
+    )
 
 
 def drift_figure(sweep: Sweep, *, title: str = "") -> Any:
     """What transfers over depth, a colour for each rule.
 
-    Left, how far the fitted optimum moves, with its standard error, beside the flat line of perfect transfer. Right,
+    Left, how far the optimum moves, with its standard error, beside the flat line of perfect transfer; a triangle that
+    points up or down is a bound, where an optimum lies at or beyond an end of the grid. Right,
     the median loss with the learning rate tuned at the shallowest depth (solid) and with each depth's best one
     (dashed): the gap is the regret, an open end a run that diverged.
 
@@ -89,8 +94,12 @@ def drift_figure(sweep: Sweep, *, title: str = "") -> Any:
     for i, (rule, color) in enumerate(categories(sweep.rules).items()):
         mine = [row for row in rows if row["rule"] == rule]
         depths = [row["depth"] * 2 ** (0.04 * (i - (len(sweep.rules) - 1) / 2)) for row in mine]  # side by side
-        factors = [2 ** row["drift"] for row in mine]
+        factors = [2 ** row["drift"] for row in mine]  # not a number where there is only a bound
         errors = [_factors(row["drift"], row["drift_error"]) for row in mine]
+        for place, row in zip(depths, mine, strict=True):
+            drift = sweep.drift(rule, row["depth"])
+            if drift.bound:
+                left.plot(place, 2**drift.value, "v" if drift.bound == "<" else "^", color=color, markersize=7)
         left.errorbar(
             depths, factors, yerr=list(zip(*errors, strict=True)), color=color, marker="o", markersize=4, capsize=2,
             linewidth=1.6, label=rule,

@@ -1,45 +1,68 @@
-"""The optimum of loss against learning rate, by a robust fit, with its error."""
+"""Where loss against learning rate is smallest, and how well the runs know that.
+
+The curve is a Gaussian process in log2 lr; the optimum is the distribution of its smallest place, given the runs. So
+its error contains the noise of the runs, what the grid leaves open between its points, and a second valley where there
+may be one. Nothing is assumed of the curve's shape.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Curve", "Estimate", "Optimum", "jackknife", "optimum_of", "resolution", "vertex_of", "without_seed"]
+__all__ = ["Bound", "Curve", "Estimate", "Optimum", "difference", "optimum_of"]
 
+Bound = Literal["", "<", ">"]
+"""Whether a number is a value, or only known to be below or above it."""
 
-BANDWIDTH = 3  # steps of the grid from the minimum at which a loss no longer counts for the parabola
+Curve = dict[float, float]
+"""Learning rate -> loss."""
 
-
-HUBER = 1.345  # residuals beyond so many standard deviations count linearly: 95 % efficient on normal ones
-
-
+LENGTHS = (1.5, 2.5, 4.0, 7.0)  # over which curves bend, in steps of the grid
+SIZES = (0.5, 1.0, 2.0, 4.0)  # of curves, in standard deviations of the losses
+NOISES = (0.01, 0.03, 0.1, 0.2, 0.4, 0.8)  # of a run, likewise
+APART = (0.0, 1.0)  # how far seeds' curves differ smoothly, in units of the noise
+FREEDOM = 4.0  # of the Student distribution of a run's noise, which lets a run that went wrong count less
+FINE = 8  # places in a step of the grid where the curve is evaluated
+DRAWS = 400  # of the curve
+LIKELY = 12  # settings of the process that are drawn from
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-
-
-ROUNDS = 60  # reweightings of the robust fit; it settles in fewer
-
-
-SETTLED = 1e-7  # factors of two
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error (nan where nothing tells it)."""
+    """A number and its standard error (nan where nothing tells it); or a bound, which has no error.
+
+    Args:
+        value: the number, or the bound.
+        error: its standard error.
+        bound: ``"<"`` where the number is only known to lie below ``value``, ``">"`` above it, else ``""``.
+    """
 
     value: float
     error: float
+    bound: Bound = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether this is a value with an error."""
+        return not self.bound and math.isfinite(self.value) and math.isfinite(self.error)
 
     def __str__(self) -> str:
         """In tenths, which is as much as anyone can use of a move in factors of two."""
         if math.isnan(self.value):
             return "–"
-        return f"{self.value:+.1f}" + ("" if math.isnan(self.error) else f"±{self.error:.1f}")
+        error = "" if self.bound or math.isnan(self.error) else f"±{self.error:.1f}"
+        return f"{self.bound}{self.value:+.1f}{error}"
+
+
+UNKNOWN = Estimate(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -49,18 +72,48 @@ class Optimum:
     Args:
         lr: on the grid, by the median over seeds.
         loss: the median loss there.
-        log2_lr: the vertex of a parabola in log2 lr, fitted robustly to the log losses of all seeds.
-        at_edge: whether ``lr`` is an end of the grid, so that the optimum may lie beyond it.
+        log2_lr: where the curve through all runs is smallest; a bound where that is at or beyond an end of the grid.
     """
 
     lr: float
     loss: float
     log2_lr: Estimate
-    at_edge: bool
+
+    @property
+    def at_grid_end(self) -> bool:
+        """Whether ``lr`` is an end of the grid, so that the optimum may lie beyond it."""
+        return bool(self.log2_lr.bound)
 
 
-Curve = dict[float, float]
-"""Learning rate -> loss."""
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """``one - other``: a bound where one of them is, and unknown where both are and do not add up to one."""
+    flipped: dict[Bound, Bound] = {"": "", "<": ">", ">": "<"}
+    bounds = {one.bound, flipped[other.bound]} - {""}
+    if len(bounds) > 1:
+        return UNKNOWN
+    bound: Bound = bounds.pop() if bounds else ""
+    return Estimate(one.value - other.value, math.nan if bound else math.hypot(one.error, other.error), bound)
+
+
+def optimum_of(curves: dict[int, Curve]) -> Optimum:
+    """The best learning rate of some seeds' curves; nan, with an infinite loss, where the median run diverged always.
+
+    Args:
+        curves: for each seed the loss against the learning rate, infinite where it diverged.
+    """
+    middle = _middle(curves)
+    best = min(middle, key=middle.__getitem__)
+    if not math.isfinite(middle[best]):
+        return Optimum(math.nan, math.inf, UNKNOWN)
+    lrs = sorted(middle)
+    place = lrs.index(best)
+    if len(lrs) == 1:
+        return Optimum(best, middle[best], Estimate(math.log2(best), math.nan))
+    if place == 0:  # no run says how the loss goes below
+        return Optimum(best, middle[best], Estimate(math.log2(lrs[1]), math.nan, "<"))
+    if place == len(lrs) - 1:
+        return Optimum(best, middle[best], Estimate(math.log2(lrs[-2]), math.nan, ">"))
+    return Optimum(best, middle[best], _smallest_place(curves, middle))
 
 
 def _middle(curves: dict[int, Curve]) -> Curve:
@@ -69,101 +122,116 @@ def _middle(curves: dict[int, Curve]) -> Curve:
     return {lr: median(curve[lr] for curve in curves.values() if lr in curve) for lr in lrs}
 
 
-def without_seed(curves: dict[int, Curve], seed: int) -> dict[int, Curve]:
-    return {other: curve for other, curve in curves.items() if other != seed}
+def _smallest_place(curves: dict[int, Curve], middle: Curve) -> Estimate:
+    """The median and half the central 68 % of where draws of the curve are smallest."""
+    generator = torch.Generator().manual_seed(0)
+    lrs = [math.log2(lr) for lr in sorted(middle)]
+    step = (lrs[-1] - lrs[0]) / (len(lrs) - 1)
+    runs = [(seed, math.log2(lr), loss) for seed, c in enumerate(curves.values()) for lr, loss in c.items()]
+    runs = [run for run in runs if math.isfinite(run[2])]
+    seeds, x, losses = (torch.tensor(column, dtype=torch.float64) for column in zip(*runs, strict=True))
+    process = _Process(x / step, _bounded(losses, sorted(middle.values())), seeds)
+    last = max(math.log2(lr) for lr, loss in middle.items() if math.isfinite(loss))
+    following = [lr for lr in lrs if lr > last]
+    end = following[0] if following else last
+    places = torch.linspace(lrs[0], end, round((end - lrs[0]) / step * FINE) + 1, dtype=torch.float64)
+    draws = process.draws(places / step, generator)
+    allowed = places <= _cliffs(curves, last, end, generator)[:, None] + 1e-9
+    found = places[draws.masked_fill(~allowed, math.inf).argmin(1)]
+    found += (torch.rand(len(found), generator=generator, dtype=torch.float64) - 0.5) * step / FINE
+    low, value, high = found.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)).tolist()
+    return Estimate(value, (high - low) / 2)
 
 
-def vertex_of(curves: dict[int, Curve]) -> float:
-    """log2 of the learning rate with the lowest loss, off the grid; nan where the median run always diverged.
+def _bounded(losses: Tensor, medians: Sequence[float]) -> Tensor:
+    """Losses on a scale on which what is far above the valley counts little; the place of the minimum does not move.
 
-    One parabola in log2 lr for all seeds, with an intercept for each, through the log losses. A point's weight falls
-    smoothly with its distance from the vertex, which is found by iteration from the minimum of the median: with a
-    window of whole grid points the vertex, and so the jackknife, would jump. Huber weights keep a run that went wrong
-    from bending the parabola.
+    Args:
+        losses: of the runs.
+        medians: over seeds, ascending.
     """
-    middle = _middle(curves)
-    best = min(middle, key=middle.__getitem__)
-    if not math.isfinite(middle[best]):
-        return math.nan
-    if len(middle) < 3:
-        return math.log2(best)
-    points = [
-        (seed, math.log2(lr), math.log(loss))
-        for seed, curve in enumerate(curves.values())
-        for lr, loss in curve.items()
-        if 0 < loss < math.inf
-    ]
-    seeds, x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
-    groups = (seeds[:, None] == torch.arange(len(curves))).double()
-    step, vertex, huber = _step(middle), math.log2(best), torch.ones_like(y)
-    for _ in range(ROUNDS):
-        near = (1 - ((x - vertex) / (BANDWIDTH * step)).abs().clamp_max(1) ** 3) ** 3  # the tricube kernel of lowess
-        slope, curvature, residuals = _parabola(groups, x - vertex, y, near * huber)
-        scale = MAD * _weighted_median(residuals, near)
-        if scale > 0:
-            huber = 1 / (residuals / (HUBER * scale)).clamp_min(1)
-        if curvature > 0:
-            moved = vertex + min(max(-slope / (2 * curvature), -step / 2), step / 2)
-            moved = min(max(moved, x.min().item()), x.max().item())
-            if abs(moved - vertex) < SETTLED:
-                break
-            vertex = moved
-    return vertex if curvature > 0 else math.log2(best)
+    floor, near = medians[0], [loss for loss in medians[1:4] if math.isfinite(loss)]
+    if floor > 0 and bool((losses > 0).all()):  # losses shrink by factors; some, such as a negative ELBO, do not
+        losses, near, floor = losses.log(), [math.log(loss) for loss in near], math.log(floor)
+    height = 2 * max((loss - floor for loss in near), default=0.0)
+    return torch.asinh((losses - floor) / (height or 1.0))
 
 
-def _parabola(groups: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> tuple[float, float, Tensor]:
-    """Slope and curvature at 0 of ``y = intercept(group) + slope x + curvature x^2``, and the absolute residuals."""
-    design, root = torch.cat([groups, x[:, None], x[:, None] ** 2], 1), weights.sqrt()
-    fit = torch.linalg.lstsq(design * root[:, None], (y * root)[:, None], driver="gelsd").solution[:, 0]
-    return fit[-2].item(), fit[-1].item(), (y - design @ fit).abs()
+def _cliffs(curves: dict[int, Curve], last: float, end: float, generator: torch.Generator) -> Tensor:
+    """Beyond which learning rate the median run diverges: anywhere between the last that did not and the next."""
+    if end <= last:
+        return torch.full((DRAWS,), last, dtype=torch.float64)
+    return last + (end - last) * torch.rand(DRAWS, generator=generator, dtype=torch.float64)
 
 
-def _weighted_median(values: Tensor, weights: Tensor) -> float:
-    ordered, index = values.sort()
-    summed = weights[index].cumsum(0)
-    return ordered[torch.searchsorted(summed, summed[-1:] / 2)].item()
+class _Process:
+    """A Gaussian process through the runs, averaged over its settings by how likely they make the runs.
 
-
-def optimum_of(curves: dict[int, Curve]) -> Optimum:
-    middle = _middle(curves)
-    best = min(middle, key=middle.__getitem__)
-    if not math.isfinite(middle[best]):
-        return Optimum(math.nan, math.inf, Estimate(math.nan, math.nan), False)
-    at_edge = best in (min(middle), max(middle))
-    return Optimum(best, middle[best], _log2_optimum(curves), at_edge)
-
-
-def _log2_optimum(curves: dict[int, Curve]) -> Estimate:
-    """The vertex with its error: the jackknife over seeds, or over the window's learning rates where there is one."""
-    value = vertex_of(curves)
-    if len(curves) > 1:
-        parts = [without_seed(curves, seed) for seed in curves]
-    else:
-        ((seed, curve),) = curves.items()
-        near = [lr for lr in curve if len(curve) > 1 and abs(math.log2(lr) - value) < BANDWIDTH * _step(curve)]
-        parts = [{seed: {lr: loss for lr, loss in curve.items() if lr != left}} for left in near]
-    return Estimate(value, math.hypot(jackknife([vertex_of(part) for part in parts]), resolution(curves, value)))
-
-
-def _step(curve: Curve) -> float:
-    """The grid's mean spacing in factors of two."""
-    return (math.log2(max(curve)) - math.log2(min(curve))) / (len(curve) - 1)
-
-
-def resolution(curves: dict[int, Curve], value: float) -> float:
-    """The error of a vertex that is a point of the grid because no parabola placed it: rounding to the grid's step."""
-    middle = _middle(curves)
-    if not any(math.isclose(value, math.log2(lr), abs_tol=1e-9) for lr in middle):
-        return 0.0
-    return _step(middle) / math.sqrt(12) if len(middle) > 1 else math.nan
-
-
-def jackknife(values: Sequence[float]) -> float:
-    """The standard error of an estimator from its values on the data with one group left out at a time.
-
-    Source: Efron and Stein (1981), The jackknife estimate of variance.
+    Args:
+        x: where the runs are, in steps of the grid.
+        y: their losses.
+        seeds: which seed each is of; every seed has a level of its own.
     """
-    if len(values) < 2 or any(map(math.isnan, values)):
-        return math.nan
-    mean = fmean(values)
-    return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))
+
+    def __init__(self, x: Tensor, y: Tensor, seeds: Tensor):
+        self.x, self.scale = x, y.std(correction=0).clamp_min(1e-12)
+        self.y = (y - y.median()) / self.scale
+        same = (seeds[:, None] == seeds).double()
+        self.distances, self.same, self.levels = (x[:, None] - x).abs(), same, 100.0 * (same + 1.0)
+        self.settings = torch.cartesian_prod(
+            *(torch.tensor(values, dtype=torch.float64) for values in (LENGTHS, SIZES, NOISES, APART))
+        )
+        self.spoiled = torch.ones_like(y)
+        for _ in range(3):
+            self.spoiled = self._how_spoiled()
+
+    def _covariances(self, settings: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the curve, and of the runs, for each setting."""
+        length, size, noise, apart = (column[:, None, None] for column in settings.T)
+        shape = _matern(self.distances / length)
+        smooth = size**2 * shape
+        runs = noise**2 * (torch.diag_embed(self.spoiled) + apart**2 * self.same * shape)
+        return smooth, smooth + runs + self.levels
+
+    def _likelihood(self) -> Tensor:
+        """The log likelihood of each setting."""
+        factor = torch.linalg.cholesky(self._covariances(self.settings)[1])
+        whitened = torch.linalg.solve_triangular(factor, self.y[None, :, None].expand(len(factor), -1, 1), upper=False)
+        return -0.5 * whitened.square().sum((1, 2)) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+
+    def _how_spoiled(self) -> Tensor:
+        """The factor on each run's noise variance that Student's distribution gives it for its residual."""
+        best = self.settings[self._likelihood().argmax()][None]
+        _, runs = (part[0] for part in self._covariances(best))
+        noise = best[0, 2] ** 2 * self.spoiled
+        residuals = noise * torch.linalg.solve(runs, self.y)
+        spread = (MAD * residuals.abs().median()).clamp_min(1e-9)
+        return ((FREEDOM + (residuals / spread) ** 2) / (FREEDOM + 1)).clamp_min(1.0)
+
+    def draws(self, places: Tensor, generator: torch.Generator) -> Tensor:
+        """Curves, up to a constant each, of shape (`DRAWS`, places)."""
+        weights = self._likelihood().softmax(0)
+        likely = weights.topk(LIKELY).indices
+        counts = torch.multinomial(weights[likely], DRAWS, replacement=True, generator=generator).bincount(
+            minlength=LIKELY
+        )
+        return torch.cat(
+            [self._drawn(self.settings[i], places, int(n), generator) for i, n in zip(likely, counts, strict=True) if n]
+        )
+
+    def _drawn(self, setting: Tensor, places: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        length, size = setting[0], setting[1]
+        _, runs = (part[0] for part in self._covariances(setting[None]))
+        cross = size**2 * _matern((places[:, None] - self.x).abs() / length)
+        prior = size**2 * _matern((places[:, None] - places).abs() / length)
+        mean = cross @ torch.linalg.solve(runs, self.y)
+        covariance = prior - cross @ torch.linalg.solve(runs, cross.T)
+        values, vectors = torch.linalg.eigh(covariance)
+        noise = torch.randn(count, len(places), generator=generator, dtype=torch.float64)
+        return mean + noise @ (vectors * values.clamp_min(0).sqrt()).T
+
+
+def _matern(distance: Tensor) -> Tensor:
+    """The Matérn kernel of smoothness 5/2."""
+    scaled = math.sqrt(5) * distance
+    return (1 + scaled + scaled**2 / 3) * (-scaled).exp()

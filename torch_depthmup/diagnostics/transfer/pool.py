@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch_depthmup.errors import DepthMuPError
 __all__ = ["run_all"]
 
 
+LOOK = 0.5  # seconds between two looks of a worker whether it is still wanted
 AHEAD = 4  # runs handed out for each core: an interrupted sweep has little to throw away, and no worker waits
 
 
@@ -50,11 +52,15 @@ def run_all(work: Callable[[Job], Run], jobs: Sequence[Job], executor: Executor 
         try:
             yield from _as_they_finish(pool, _in_worker, jobs)
         except BrokenExecutor as error:
+            path.unlink()  # the sign for the other workers to end at once
             raise DepthMuPError(
                 "a worker process ended before its run did: it was killed, ran out of memory, or could not import "
                 "make_model and train (a script needs if __name__ == '__main__':, and what a notebook or the standard "
                 "input defines cannot be imported). Finished runs are in path="
             ) from error
+        except BaseException:  # Ctrl-C, say: nobody waits for the runs that are under way
+            path.unlink()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -81,16 +87,21 @@ _work: Callable[[Job], Run] | None = None  # of this worker process
 def _start_worker(path: Path) -> None:
     global _work
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent, path), daemon=True).start()
     _work = pickle.loads(path.read_bytes())
+    threading.Thread(target=_end_with, args=(parent, path), daemon=True).start()
 
 
 def _end_with(parent: Any, path: Path) -> None:
-    """A worker holds both ends of the pool's pipe and would wait for ever for a parent that was killed."""
-    parent.join()
-    shutil.rmtree(path.parent, ignore_errors=True)  # which the parent could not do any more
+    """Ends the worker with its parent, or when the parent takes its work away.
+
+    A worker holds both ends of the pool's pipe and would wait for ever for a parent that was killed.
+    """
+    while parent.is_alive() and path.exists():
+        parent.join(LOOK)
+    shutil.rmtree(path.parent, ignore_errors=True)  # which a parent that was killed could not do any more
     os._exit(1)
 
 

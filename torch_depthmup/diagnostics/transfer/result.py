@@ -6,27 +6,23 @@ A sweep is a list of finished runs, each a function of (rule, depth, lr, seed). 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import textwrap
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
-from torch_depthmup.diagnostics.shared.extras import needs
-from torch_depthmup.diagnostics.transfer.optimum import (
-    Curve,
-    Estimate,
-    Optimum,
-    jackknife,
-    optimum_of,
-    resolution,
-    vertex_of,
-    without_seed,
-)
+from torch_depthmup.diagnostics.shared.extras import frame, needs
+from torch_depthmup.diagnostics.transfer.optimum import Curve, Estimate, Optimum, difference, optimum_of
+from torch_depthmup.diagnostics.transfer.power import PowerLaw, power_law
 from torch_depthmup.diagnostics.transfer.runs import Run
-from torch_depthmup.errors import DepthMuPError
-from torch_depthmup.tables import Table, columns, number
+from torch_depthmup.errors import DepthMuPError, MeasurementError
+from torch_depthmup.rules import Rule, get_rule
+from torch_depthmup.tables import COLUMNS, Table, columns, number
 
-__all__ = ["Sweep", "cells", "reading"]
+__all__ = ["Sweep"]
+
+LEVEL = 0.05  # probability that any rule is told from another where all are alike
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,7 @@ class Sweep:
     def optimum(self, rule: str, depth: int) -> Optimum:
         """The best learning rate at one depth; nan, with an infinite loss, where the median run always diverged.
 
-        Its uncertainty is the jackknife over seeds (over learning rates where there is one seed), and the grid's
-        resolution where no parabola fits.
+        Where it is at an end of the grid, its place is a bound.
 
         Raises:
             DepthMuPError: there is no such run.
@@ -93,21 +88,44 @@ class Sweep:
         return {}
 
     def drift(self, rule: str, depth: int) -> Estimate:
-        """By how many factors of two the fitted optimum moves from the shallowest depth to this one.
+        """By how many factors of two the optimum moves from the shallowest depth to this one; a bound where one is."""
+        if depth == self.depths[0]:
+            return Estimate(0.0, 0.0)
+        return difference(self.optimum(rule, depth).log2_lr, self.optimum(rule, self.depths[0]).log2_lr)
 
-        A seed is the same noise at every depth, so that the jackknife leaves it out at both.
+    def power_law(self, rule: str | Rule) -> PowerLaw:
+        """The drift that remains under a rule, as a power of depth, checked by leaving the deepest out.
+
+        Raises:
+            MeasurementError: fewer than three depths have an optimum inside the grid.
         """
-        first, here = self.curves(rule, self.depths[0]), self.curves(rule, depth)
-        ends = [self.optimum(rule, self.depths[0]).log2_lr, self.optimum(rule, depth).log2_lr]
-        value = ends[1].value - ends[0].value
-        if math.isnan(value) or depth == self.depths[0]:
-            return Estimate(value, value)
-        seeds = sorted(first.keys() & here.keys())
-        if len(seeds) < 2:
-            return Estimate(value, math.hypot(*(end.error for end in ends)))
-        moves = [vertex_of(without_seed(here, seed)) - vertex_of(without_seed(first, seed)) for seed in seeds]
-        rounding = [resolution(curves, end.value) for curves, end in zip((first, here), ends, strict=True)]
-        return Estimate(value, math.hypot(jackknife(moves), *rounding))
+        label = get_rule(rule).label
+        optima = {depth: self.optimum(label, depth).log2_lr for depth in self.depths}
+        inside = {depth: optimum for depth, optimum in optima.items() if optimum.known}
+        if len(inside) < 3:
+            raise MeasurementError(
+                f"{label}: {len(inside)} of {len(optima)} depths have an optimum inside the grid, and a power law "
+                "needs three. Use more depths, or a wider range of learning rates"
+            )
+        return power_law(inside)
+
+    def calibrated(self, rule: str | Rule) -> Rule:
+        """The rule with the drift taken out that this sweep measured under it.
+
+        The exponent of the drift is added to the rule's learning-rate exponents, which act on the parameters in the
+        branches. It is good for the optimizer and the network of this sweep.
+
+        Raises:
+            MeasurementError: fewer than three depths have an optimum inside the grid, or the power law of the others
+                misses the deepest one's.
+        """
+        rule = get_rule(rule)
+        law = self.power_law(rule)
+        if not law.predicts_deepest:
+            raise MeasurementError(f"{rule.label}: {law}. A power law does not describe it: use deeper networks")
+        assert rule.sgd is not None and rule.adam is not None
+        exponent = law.exponent.value
+        return replace(rule, name=f"{rule.name} calibrated", sgd=rule.sgd + exponent, adam=rule.adam + exponent)
 
     def transferred(self, rule: str, depth: int) -> list[float]:
         """The losses at a depth with the learning rate tuned at the shallowest one, a number for each seed.
@@ -129,7 +147,7 @@ class Sweep:
         known = len(pairs) > 1 and all(map(math.isfinite, pairs))
         return Estimate(value, stdev(pairs) / math.sqrt(len(pairs)) if known else math.nan)
 
-    def edge(self, rule: str, depth: int) -> float:
+    def edge_of_stability(self, rule: str, depth: int) -> float:
         """The smallest learning rate at which any seed diverged; infinite where none did."""
         return min((lr for lr in self.lrs if math.inf in self.losses(rule, depth, lr)), default=math.inf)
 
@@ -142,18 +160,66 @@ class Sweep:
             best, drift, regret = self.optimum(rule, depth), self.drift(rule, depth), self.regret(rule, depth)
             rows.append(
                 {
-                    "rule": rule, "depth": depth, "lr": best.lr, "loss": best.loss, "at_edge": best.at_edge,
-                    "log2_lr": best.log2_lr.value, "log2_lr_error": best.log2_lr.error,
-                    "drift": drift.value, "drift_error": drift.error,
+                    "rule": rule, "depth": depth, "lr": best.lr, "loss": best.loss, "at_grid_end": best.at_grid_end,
+                    **_columns("log2_lr", best.log2_lr), **_columns("drift", drift),
                     "transferred_loss": median(self.transferred(rule, depth)),
-                    "regret": regret.value, "regret_error": regret.error, "edge": self.edge(rule, depth),
+                    "regret": regret.value, "regret_error": regret.error,
+                    "edge_of_stability": self.edge_of_stability(rule, depth),
                 }
             )  # fmt: skip
         return rows
 
     def __str__(self) -> str:
-        header, rows = cells(self)
-        return "\n".join([*columns(header, rows), "", reading(self)])
+        return "\n".join([*columns(*self.table(brief=True)), "", *textwrap.wrap(self.reading, COLUMNS)])
+
+    def table(self, *, brief: bool = False) -> Table:
+        """Header and rows of `summary` as a person reads them; the base's own moves and regret are not numbers.
+
+        Args:
+            brief: the columns that fit in a terminal of 80 characters.
+        """
+        base = self.depths[0]
+        chosen = BRIEF if brief else tuple(HEADINGS)
+        header = [HEADINGS[key].format(base=base) for key in chosen]
+        rows = []
+        for row in self.summary():
+            rule, depth = row["rule"], row["depth"]
+            regret = number(row["regret"])
+            if not math.isnan(row["regret_error"]):
+                regret += f" ± {number(row['regret_error'], 1)}"
+            edge = row["edge_of_stability"]
+            cells = {
+                "rule": rule, "depth": f"{depth}", "lr": f"{number(row['lr'])}{'*' if row['at_grid_end'] else ''}",
+                "log2_lr": f"{self.optimum(rule, depth).log2_lr}",
+                "drift": "base" if depth == base else str(self.drift(rule, depth)),
+                "edge_of_stability": "none" if math.isinf(edge) else number(edge), "loss": number(row["loss"]),
+                "transferred_loss": number(row["transferred_loss"]), "regret": "base" if depth == base else regret,
+            }  # fmt: skip
+            rows.append((rule, tuple(cells[key] for key in chosen[1:])))
+        return header, rows
+
+    @cached_property
+    def reading(self) -> str:
+        """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
+        deepest, base = self.depths[-1], self.depths[0]
+        losses = {rule: self.transferred(rule, deepest) for rule in self.rules}
+        trained = {rule: values for rule, values in losses.items() if all(map(math.isfinite, values))}
+        lr = f"the learning rate tuned at depth {base}"
+        if not trained:
+            return f"In this run no rule trains at depth {deepest} with {lr}."
+        best = min(trained, key=lambda rule: fmean(trained[rule]))
+        alike = [rule for rule in trained if rule != best and not told_apart(trained, best, rule)]
+        text = f"In this run {lr} gives the lowest mean loss at depth {deepest} under {best}"
+        text += f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
+        if lost := [rule for rule in self.rules if rule not in trained]:
+            text += f". Under {', '.join(lost)} runs diverge with it"
+        ends = {(rule, depth) for rule in self.rules for depth in self.depths if self._at_grid_end(rule, depth)}
+        if ends:
+            text += ". * at an end of the grid: the optimum may lie beyond it, and < and > are bounds. Use more lrs"
+        return text + "."
+
+    def _at_grid_end(self, rule: str, depth: int) -> bool:
+        return (rule, depth) in self._curves and self.optimum(rule, depth).at_grid_end
 
     def frame(self) -> Any:
         """A tidy pandas frame: rule, depth, lr, seed, loss, diverged, seconds; a row for each run.
@@ -162,52 +228,50 @@ class Sweep:
             ImportError: pandas is not installed.
         """
         rows = [{**asdict(r.job), "loss": r.loss, "diverged": r.diverged, "seconds": r.seconds} for r in self.runs]
-        return needs("pandas").DataFrame(rows)
+        return frame(rows, ("rule", "depth", "lr", "seed", "loss", "diverged", "seconds"))
 
 
-# The fit
+HEADINGS = {
+    "rule": "rule", "depth": "depth", "lr": "best lr", "log2_lr": "log2 lr", "drift": "moves by 2^",
+    "edge_of_stability": "diverges from", "loss": "best loss", "transferred_loss": "with lr of {base}",
+    "regret": "regret",
+}  # fmt: skip
+BRIEF = ("rule", "depth", "lr", "drift", "loss", "transferred_loss")
 
 
-def cells(sweep: Sweep) -> Table:
-    """Header and rows of `Sweep.summary` as a person reads them; the base's own moves and regret are not numbers."""
-    base = sweep.depths[0]
-    header = (
-        "rule", "depth", "best lr", "log2 lr", "moves by 2^", "edge", "best loss", f"with lr of {base}", "regret"
-    )  # fmt: skip
-    rows: list[tuple[str, tuple[str, ...]]] = []
-    for row in sweep.summary():
-        rule, depth = row["rule"], row["depth"]
-        moves, regret = str(sweep.drift(rule, depth)), number(row["regret"])
-        if not math.isnan(row["regret_error"]):
-            regret += f" ± {number(row['regret_error'], 1)}"
-        texts = (
-            f"{depth}", f"{number(row['lr'])}{'*' if row['at_edge'] else ''}", f"{sweep.optimum(rule, depth).log2_lr}",
-            "base" if depth == base else moves, "none" if math.isinf(row["edge"]) else number(row["edge"]),
-            number(row["loss"]), number(row["transferred_loss"]), "base" if depth == base else regret,
-        )  # fmt: skip
-        rows.append((rule, texts))
-    return header, rows
+def _columns(name: str, estimate: Estimate) -> dict[str, Any]:
+    """A value with its error, or a bound, which is no value."""
+    value = math.nan if estimate.bound else estimate.value
+    bound = f"{estimate.bound}{estimate.value:.6g}" if estimate.bound else ""
+    return {name: value, f"{name}_error": estimate.error, f"{name}_bound": bound}
 
 
-def reading(sweep: Sweep) -> str:
-    """What this run says in words: nothing but its own numbers, and what they cannot tell apart."""
-    deepest, base = sweep.depths[-1], sweep.depths[0]
-    losses = {rule: sweep.transferred(rule, deepest) for rule in sweep.rules}
-    best = min(losses, key=lambda rule: fmean(losses[rule]))
-    if not math.isfinite(fmean(losses[best])):
-        return f"In this run no rule trains at depth {deepest} with the learning rate tuned at depth {base}."
-    alike = [rule for rule in sweep.rules if rule != best and _alike(losses[rule], losses[best])]
-    told = f"; these seeds do not tell it from {', '.join(alike)}" if alike else ""
-    return (
-        f"In this run the learning rate tuned at depth {base} gives the lowest mean loss at depth {deepest} under "
-        f"{best}{told}. ± over seeds: standard error (moves), deviation (loss)."
-    )
+def told_apart(losses: dict[str, list[float]], one: str, other: str) -> bool:
+    """Whether the mean losses of two rules differ, at a level that holds for all pairs of rules together.
+
+    Welch's test of each pair by Holm's method: the chance that any two rules that are alike are told apart is at most
+    `LEVEL`, however many rules there are and however different their spreads.
+
+    Args:
+        losses: by rule, a finite number for each seed.
+        one: a rule.
+        other: another.
+    """
+    names = sorted(losses)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    ordered = sorted(pairs, key=lambda pair: _chance(losses[pair[0]], losses[pair[1]]))
+    for i, pair in enumerate(ordered):
+        if not _chance(losses[pair[0]], losses[pair[1]]) < LEVEL / (len(pairs) - i):
+            return False
+        if set(pair) == {one, other}:
+            return True
+    return False
 
 
-def _alike(a: list[float], b: list[float]) -> bool:
-    """Whether two means lie within two standard errors of their difference; with one seed nothing tells them apart."""
-    if not all(map(math.isfinite, (*a, *b))):
-        return False
+def _chance(a: list[float], b: list[float]) -> float:
+    """That means of equal distributions lie so far apart; 1 where one seed tells nothing."""
     if min(len(a), len(b)) < 2:
-        return True
-    return abs(fmean(a) - fmean(b)) < 2 * math.hypot(stdev(a) / len(a) ** 0.5, stdev(b) / len(b) ** 0.5)
+        return 1.0
+    if stdev(a) == stdev(b) == 0:
+        return 1.0 if fmean(a) == fmean(b) else 0.0
+    return float(needs("scipy.stats").ttest_ind(a, b, equal_var=False).pvalue)

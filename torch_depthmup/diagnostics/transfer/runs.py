@@ -9,8 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from torch_depthmup.errors import DepthMuPError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: two sweeps on one file are then the caller's affair
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Job", "Run", "appending", "finished"]
 
@@ -43,15 +49,33 @@ def _header(fingerprint: str) -> str:
     return f'{HEADER}{fingerprint}"}}'
 
 
+def _lock(file: IO[str], path: Path) -> None:
+    """One writer at a time; the lock goes with the process, however that ends."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DepthMuPError(
+                f"{path} is being written by another sweep. Wait for it, or name another file"
+            ) from None
+
+
 @contextmanager
 def appending(path: str | Path | None, fingerprint: str) -> Iterator[Callable[[Run], None]]:
+    """Gives a function that adds a finished run to the file at once.
+
+    Raises:
+        DepthMuPError: another process is writing to the file.
+    """
     if path is None:
         yield lambda run: None
         return
     path = Path(path)
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])  # what a killed sweep was in the middle of
     with path.open("a") as file:
+        _lock(file, path)
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)  # what a killed sweep was in the middle of
 
         def write(line: str) -> None:
             file.write(line + "\n")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integers, positive_numbers, seeds_of
+from torch_depthmup.diagnostics.shared.content import source_digest
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import Training, own_random_state, take
 from torch_depthmup.diagnostics.transfer.pool import run_all
@@ -65,8 +66,8 @@ def transfer_sweep(
         executor: any ``concurrent.futures.Executor``, the caller's to shut down; ``None`` makes a process for each
             core, with one thread each, whose losses are those of one thread to the bit.
         path: a file of JSON lines. Finished runs are appended as they come; runs that it holds are not done again. It
-            remembers what was trained - the factory and the training by name, with their data and options - and is
-            refused for anything else; it cannot see that their code has changed.
+            remembers what was trained - the factory and the training, the text of the modules that they come from and
+            import (not of installed ones), their data and options - and is refused for anything else.
         progress: whether a terminal shows a bar with the time left (needs rich).
 
     Returns:
@@ -128,14 +129,15 @@ class _Work:
     rules: Mapping[str, Rule]
 
     def fingerprint(self) -> str:
-        """What is trained but for rules, as a short text: functions by name, everything else by value."""
+        """What is trained but for rules, as a short text: functions by name and source, everything else by value."""
         content = io.BytesIO()
         try:
             _ByValue(content).dump((self.make_model, self.train, self.base_depth, self.example_inputs))
         except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, say, which only threads can run
             names = [getattr(f, "__qualname__", type(f).__name__) for f in (self.make_model, self.train)]
             content = io.BytesIO(repr((names, self.base_depth)).encode())
-        return hashlib.sha256(content.getvalue()).hexdigest()[:16]
+        sources = source_digest(self.make_model, self.train)
+        return hashlib.sha256(content.getvalue() + sources.encode()).hexdigest()[:16]
 
     def __call__(self, job: Job) -> Run:
         start = time.perf_counter()

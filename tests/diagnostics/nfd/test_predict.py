@@ -1,0 +1,269 @@
+"""A user's own model without its hidden matrices, against the same code with them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch_depthmup as dm
+from torch_depthmup.diagnostics.nfd import Setting, implicit_model, predict, simulate
+from torch_depthmup.diagnostics.nfd.building import hidden_matrices
+from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
+from torch_depthmup.errors import DepthMuPError
+
+X = F.normalize(torch.randn(3, 10, generator=torch.Generator().manual_seed(0))) * math.sqrt(10)
+Y = torch.tensor([[1.0], [-1.0], [0.5]])
+WIDTH = 128
+
+
+class Norms(nn.Module):
+    """Pre-norm MLP blocks with biases."""
+
+    def __init__(self, n: int, norm: bool = True):
+        super().__init__()
+        self.stem, self.head = nn.Linear(10, n), nn.Linear(n, 1)
+        self.norms = nn.ModuleList(nn.LayerNorm(n) if norm else nn.Identity() for _ in range(2))
+        self.up, self.down = (nn.ModuleList(nn.Linear(n, n) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            h = h + down(F.gelu(up(norm(h))))
+        return self.head(h)
+
+
+class Transformer(nn.Module):
+    """Two pre-norm layers of fused attention and MLP on tokens, with learned positions."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, n), nn.Parameter(0.5 * torch.randn(4, n))
+        self.qkv, self.out, self.up, self.down = (
+            nn.ModuleList(nn.Linear(a, b) for _ in range(2)) for a, b in ((n, 3 * n), (n, n), (n, 2 * n), (2 * n, n))
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(n) for _ in range(4))
+        self.head = nn.Linear(n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens((x.abs() * 3).long()[:, :4] % 7) + self.positions
+        for i in range(2):
+            q, k, v = (z.unflatten(2, (2, -1)).transpose(1, 2) for z in self.qkv[i](self.norms[i](h)).chunk(3, -1))
+            h = h + self.out[i](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            h = h + self.down[i](F.gelu(self.up[i](self.norms[i + 2](h))))
+        return self.head(h).mean(1)
+
+
+class Torch(nn.Module):
+    """nn.TransformerEncoderLayer: packed projections inside nn.MultiheadAttention."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, n), nn.Linear(n, 1)
+        self.layer = nn.TransformerEncoderLayer(n, 2, 2 * n, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.stem(x.unflatten(1, (2, 5))))).mean(1)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5, nesterov=True, weight_decay=1e-3)
+
+
+def dense(make, seed: int, steps: int = 3) -> Tensor:
+    torch.manual_seed(seed)
+    model = make(WIDTH)
+    optimizer, outputs = sgd(model), []
+    for _ in range(steps + 1):
+        value = model(X)
+        outputs.append(value.detach().clone())
+        optimizer.zero_grad()
+        F.mse_loss(value, Y).backward()
+        optimizer.step()
+    return torch.stack(outputs)
+
+
+MODELS = {"biases": lambda n: Norms(n, norm=False), "pre-norm": Norms, "transformer": Transformer, "torch's own": Torch}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_the_same_code_with_matrices(name: str) -> None:
+    make = MODELS[name]
+    measured = torch.stack([dense(make, seed) for seed in range(40)])
+    predicted = predict(make, X, Y, width=WIDTH, optimizer=sgd, steps=3, seeds=range(100, 140)).outputs
+    moved = (measured - measured[:, :1])[:, -1].mean(0)
+    assert float(moved.abs().max()) > 0.1
+    error = (measured.var(0) / len(measured) + predicted.var(0) / len(predicted)).sqrt()
+    assert float(((measured.mean(0) - predicted.mean(0)) / error).abs().max()) < 4
+
+
+@pytest.mark.parametrize("coupling", ["reused", "decoupled"])
+def test_the_canonical_network_is_that_of_the_canonical_solver(coupling) -> None:
+    setting = Setting(depth=4, steps=3, lr=2.0, block_layers=2, rule="mup", horizon=0.25)
+    wanted = simulate(setting, X, Y, width=500, seeds=60, coupling=coupling).outputs
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0 * 500)
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return (output - targets).square().mean() / 2
+
+    found = predict(lambda n: CanonicalResNet(setting, 10, 1, n), X, Y, width=500, optimizer=optimizer, steps=3,
+                    loss=loss, seeds=range(20), coupling=coupling).outputs  # fmt: skip
+    error = (wanted.var(0) / len(wanted) + found.var(0) / len(found)).sqrt()
+    assert float(((wanted.mean(0) - found.mean(0)) / error).abs().max()) < 4
+
+
+def test_folded_and_wrapped_multipliers_give_the_same_prediction() -> None:
+    def parametrized(how: str):
+        def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            dm.parametrize(model, depth_multiplier=2, example_inputs=X.double(), how=how)
+            return dm.SGD(model, lr=0.005, momentum=0.9)
+
+        return optimizer
+
+    fold, wrap, plain = (
+        predict(Norms, X, Y, width=256, optimizer=make, steps=3, seeds=2, dtype=torch.float64).outputs
+        for make in (parametrized("fold"), parametrized("wrap"), sgd)
+    )
+    torch.testing.assert_close(fold, wrap, rtol=1e-6, atol=1e-8)
+    assert float((fold - plain).abs().max()) > 0.01
+
+
+def test_the_monitor_watches_it_like_a_network_with_matrices() -> None:
+    sizes = {"implicit": [], "dense": []}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        for kind, model in (("dense", Norms(256)), ("implicit", implicit_model(Norms, 256, seed=50 + seed))):
+            optimizer = sgd(model)
+            monitor = dm.diagnostics.FeatureMonitor(model, probe=X)
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.mse_loss(model(X), Y).backward()
+                optimizer.step()
+            monitor.record(2)
+            frame = monitor.frame()
+            sizes[kind].append(frame)
+    ours, theirs = sizes["implicit"], sizes["dense"]
+    assert list(ours[0].layer) == list(theirs[0].layer) and list(ours[0].kind) == list(theirs[0].kind)
+    for column in ("size", "update", "own", "initial", "below", "added", "gradient", "weight", "weight_update"):
+        a, b = (torch.tensor([list(frame[column]) for frame in runs], dtype=torch.float64) for runs in (ours, theirs))
+        assert torch.equal(a.isnan(), b.isnan()), column
+        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt() + 1e-3 * b.mean(0)
+        far = ((a.mean(0) - b.mean(0)) / error).abs().nan_to_num()
+        assert float(far.max()) < 4.5, (column, far)
+
+
+def test_what_is_hidden_is_what_has_two_widths() -> None:
+    assert set(hidden_matrices(Norms, 32)) == {f"{side}.{i}.weight" for side in ("up", "down") for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    "start, std",
+    [
+        (lambda w: nn.init.normal_(w, std=0.3), 0.3),
+        (lambda w: nn.init.uniform_(w, -0.3, 0.3), 0.3 / math.sqrt(3)),
+        (lambda w: nn.init.trunc_normal_(w, std=0.3, a=-0.6, b=0.6), 0.3 * 0.87966),
+        (lambda w: nn.init.zeros_(w), 0.0),
+        (lambda w: w.data.copy_(torch.randn(w.shape) / 4), 0.25),
+        (lambda w: w.data.normal_().mul_(0.1), 0.1),
+    ],
+)
+def test_initial_standard_deviations_are_read_off_the_factory(start, std: float) -> None:
+    def make(n: int) -> nn.Module:
+        model = Norms(n)
+        with torch.no_grad():
+            start(model.up[0].weight)
+        return model
+
+    found = implicit_model(make, 64).up[0].weight.matrix.start.std
+    assert found == pytest.approx(std, rel=2e-3, abs=1e-12)
+
+
+def orthogonal(n: int) -> nn.Module:
+    model = Norms(n)
+    nn.init.orthogonal_(model.up[0].weight)
+    return model
+
+
+def shifted(n: int) -> nn.Module:
+    model = Norms(n)
+    nn.init.normal_(model.up[0].weight, mean=0.1)
+    return model
+
+
+def copies(n: int) -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(n, 2, 2 * n, batch_first=True), 2)
+
+
+def with_table(n: int) -> nn.Module:
+    model = Norms(n)
+    model.register_buffer("mask", torch.zeros(n, n))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (orthogonal, "up.0.weight: its initialization is not one of independent entries"),
+        (shifted, "up.0.weight: its entries have mean 0.1"),
+        (with_table, "mask of shape .* Take another width"),
+        (copies, "layers.1.self_attn.in_proj_weight starts with the same entries as layers.0"),
+        (lambda n: Norms(16), "no parameter has two dimensions that change"),
+        (lambda n: nn.Sequential(nn.Conv2d(n, n, 3)), "0.weight of shape .* convolutions"),
+        (lambda n: Norms(1 // (n - WIDTH)), r"make_model\(128\) fails"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(make, message: str) -> None:
+    with pytest.raises(DepthMuPError, match=message):
+        predict(make, X, Y, width=WIDTH, optimizer=sgd, steps=1, seeds=1)
+
+
+def test_too_little_width_is_refused_with_the_width_that_will_do() -> None:
+    with pytest.raises(DepthMuPError, match="3 rows in a pass.*30 steps.*93 of its 64 directions.*2 times"):
+        predict(Norms, X, Y, width=64, optimizer=sgd, steps=30, seeds=1)
+
+
+def test_divergence_is_told() -> None:
+    with pytest.raises(DepthMuPError, match="diverged at step"):
+        predict(Norms, X, Y, width=512, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e12), steps=8, seeds=1)
+
+
+@pytest.mark.evidence
+def test_the_llama_of_transformers_is_predicted() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(n: int) -> nn.Module:
+        config = LlamaConfig(vocab_size=50, hidden_size=n, intermediate_size=2 * n, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+                             initializer_range=0.05, use_cache=False)  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(output, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+
+    x, y = (torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    runs = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        model = make(256)
+        stepping, outputs = optimizer(model), []
+        for _ in range(4):
+            output = model(x)
+            outputs.append(output.logits.detach().clone())
+            stepping.zero_grad()
+            loss(output, y).backward()
+            stepping.step()
+        runs.append(torch.stack(outputs))
+    measured = torch.stack(runs)
+    predicted = predict(make, x, y, width=256, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
+    error = (measured.var(0) / 16 + predicted.var(0) / 16).sqrt()
+    z = (measured.mean(0) - predicted.mean(0)) / error
+    assert float(z.square().mean()) < 1.5  # of 2,400 outputs; a few of so many lie beyond three standard errors
+    assert float((z.abs() > 4).float().mean()) < 0.005

@@ -1,0 +1,168 @@
+"""Builds the user's own model with its hidden matrices as `ImplicitWeight`, and all else as the factory has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
+from torch_depthmup.diagnostics.nfd.unformed import Making, Unformed
+from torch_depthmup.diagnostics.shared.training import own_random_state
+from torch_depthmup.errors import DepthMuPError
+
+__all__ = ["hidden_matrices", "implicit_model"]
+
+CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
+
+
+def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the parameters two of whose dimensions are widths: those that change when the width is doubled.
+
+    Args:
+        make_model: a factory width -> model.
+        width: where the shapes are read.
+
+    Raises:
+        DepthMuPError: the factory fails at this width or at twice it, or no parameter has two widths.
+    """
+    shapes = [_shapes(make_model, size) for size in (width, 2 * width)]
+    if list(shapes[0]) != list(shapes[1]):
+        raise DepthMuPError(f"make_model gives other parameters at width {width} than at width {2 * width}")
+    hidden: dict[str, tuple[int, int]] = {}
+    for name, shape in shapes[0].items():
+        widths = [i for i, (a, b) in enumerate(zip(shape, shapes[1][name], strict=True)) if a != b]
+        if len(widths) >= 2:
+            if len(shape) != 2:
+                raise DepthMuPError(
+                    f"{name} of shape {shape} has {len(shape)} dimensions, {len(widths)} of them widths. Only matrices "
+                    "can be left unformed here: convolutions and experts side by side are not covered"
+                )
+            hidden[name] = (shape[0], shape[1])
+    if not hidden:
+        raise DepthMuPError(
+            f"no parameter has two dimensions that change from width {width} to width {2 * width}. Let the factory's "
+            "argument set the size of the layers"
+        )
+    return hidden
+
+
+def _shapes(make_model: Callable[[int], nn.Module], width: int) -> dict[str, tuple[int, ...]]:
+    with own_random_state(), Making(lambda shape: len(shape) >= 2):
+        try:
+            model = make_model(width)
+        except Exception as error:  # whatever the user's factory raises
+            raise DepthMuPError(f"make_model({width}) fails without values: {error}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def implicit_model(
+    make_model: Callable[[int], nn.Module],
+    width: int,
+    *,
+    seed: int = 0,
+    coupling: Coupling = "reused",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The user's own model at a width at which its hidden matrices could not be formed: they are `ImplicitWeight`.
+
+    Everything else (embeddings, biases, gains, the readout, buffers) has the values that the factory gives it. Hidden
+    matrices have normal entries of the standard deviation that the factory's initialization has; what another shape of
+    the entries' distribution changes falls like 1 / width.
+
+    Args:
+        make_model: a factory width -> model.
+        width: its argument.
+        seed: of the factory's random numbers, and of the hidden matrices'.
+        coupling: as for `nfd.simulate`.
+        device: of the model; ``None`` is the CPU.
+        dtype: of the model, float32 or float64.
+
+    Returns:
+        A module that is called, trained by SGD and differentiated like any other.
+
+    Raises:
+        DepthMuPError: the factory does not fit, or hidden matrices are not initialised by independent entries around 0.
+
+    >>> make = lambda n: nn.Sequential(nn.Linear(3, n), nn.ReLU(), nn.Linear(n, n), nn.Linear(n, 1))
+    >>> model = implicit_model(make, 10**6)
+    >>> model[2].weight
+    ImplicitWeight('2.weight', (1000000, 1000000))
+    >>> model(torch.ones(2, 3)).shape
+    torch.Size([2, 1])
+    """
+    hidden = hidden_matrices(make_model, width)
+    shapes: set[tuple[int, ...]] = set(hidden.values())
+    with own_random_state():
+        torch.manual_seed(seed)
+        with Making(lambda shape: shape in shapes):
+            model = make_model(width)
+    parameters = dict(model.named_parameters())
+    noise = Noise([_another_stream(seed)], device=device, dtype=dtype)
+    made: dict[int, nn.Parameter] = {}
+    _refuse_copies({name: parameters[name] for name in hidden})
+    for name in hidden:
+        std = _std(name, parameters[name])
+        start = GaussianMatrix(*hidden[name], noise, std=std, coupling=coupling)
+        weight = ImplicitWeight(TrainedMatrix.at_start(start), name)
+        made[id(parameters[name])] = nn.Parameter(weight, requires_grad=parameters[name].requires_grad)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in made:
+                module._parameters[key] = made[id(parameter)]
+    _refuse_unformed(model)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, ImplicitWeight):
+                parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+    return model
+
+
+def _another_stream(seed: int) -> int:
+    """A seed for other numbers than those the factory drew: the same ones would tie hidden matrices to embeddings."""
+    return int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
+
+
+def _std(name: str, parameter: Tensor) -> float:
+    """The standard deviation of a matrix's entries."""
+    law = parameter.law.sample if isinstance(parameter, Unformed) else "values that were made in another way"
+    if isinstance(law, str):
+        raise DepthMuPError(
+            f"{name}: its initialization is not one of independent entries, as far as can be seen: it holds {law}. "
+            "Initialise it by torch.nn.init.normal_ or uniform_ in the factory"
+        )
+    mean, std = float(law.mean()), float(law.std(unbiased=False))
+    if abs(mean) > CENTRED * std and mean != 0:
+        raise DepthMuPError(f"{name}: its entries have mean {mean:.3g} at initialization, not 0")
+    return std
+
+
+def _refuse_copies(parameters: dict[str, nn.Parameter]) -> None:
+    """Two matrices whose entries were drawn together, as in layers that `copy.deepcopy` made of one."""
+    seen: dict[tuple[float, ...], str] = {}
+    for name, parameter in parameters.items():
+        law = parameter.law.sample if isinstance(parameter, Unformed) else None
+        if not isinstance(law, Tensor) or float(law.std()) == 0:
+            continue
+        key = tuple((law[:8] / law.std()).mul(1e6).round().tolist())
+        if key in seen:
+            raise DepthMuPError(
+                f"{name} starts with the same entries as {seen[key]}, as copies of one layer do. Initialise each "
+                "of them in the factory"
+            )
+        seen[key] = name
+
+
+def _refuse_unformed(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, Unformed):
+            raise DepthMuPError(
+                f"{name} of shape {tuple(tensor.shape)} is no hidden matrix and has the shape of one at this width, so "
+                "it cannot be told apart. Take another width"
+            )

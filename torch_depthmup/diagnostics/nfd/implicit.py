@@ -1,0 +1,368 @@
+"""A weight that is never formed, as a tensor: the user's modules multiply by it, the user's optimizer trains it.
+
+A product with an `ImplicitWeight` is answered by `gaussian.py`. Autograd's own node of the product is kept: its saved
+input comes back as a `_Query`, which remembers its coordinates, so that the weight's gradient p q^T is again a matrix
+in coordinates of the queries and not an array. Sums and multiples of such matrices are all that SGD, momentum, nesterov
+and weight decay need. Any other operation needs the entries, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from torch_depthmup.diagnostics.nfd.gaussian import Product, TrainedMatrix
+from torch_depthmup.errors import DepthMuPError
+
+__all__ = ["ImplicitWeight"]
+
+aten = torch.ops.aten
+
+
+Side = Literal["right", "left"]
+
+
+@dataclass(eq=False)
+class _Cell:
+    """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces."""
+
+    name: str
+    value: TrainedMatrix
+    asked: dict[Side, tuple[Tensor, int, Product]] = field(default_factory=dict)  # last: a backward pass needs it twice
+
+    def ask(self, side: Side, rows: Tensor) -> Product:
+        """The start's product with rows from a side, asked once where the same rows come again."""
+        last = self.asked.get(side)
+        if last is None or not _same(last[0], rows) or last[1] != rows._version:
+            last = self.asked[side] = rows, rows._version, getattr(self.value.start, side)(rows[None])
+        return last[2]
+
+    def product(self, side: Side, rows: Tensor) -> Tensor:
+        """W q for rows q from the right, W^T p for rows p from the left."""
+        value: Tensor = getattr(self.value, f"{side}_value")(self.ask(side, rows))[0]
+        return value
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same view of the same memory. The caller keeps one alive, so that memory is not reused."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+class ImplicitWeight(Tensor):
+    """A matrix (rows, columns) of independent normal entries and what training made of it, known by products only.
+
+    Args:
+        matrix: its value, of one seed.
+        name: what messages call it.
+
+    >>> from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
+    >>> start = GaussianMatrix(10**6, 10**6, Noise([0], dtype=torch.float32), std=1e-3)
+    >>> weight = torch.nn.Parameter(ImplicitWeight(TrainedMatrix.at_start(start), "weight"))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> x = torch.ones(1, 10**6) / 1000
+    >>> torch.nn.functional.linear(x, weight).square().sum().div(2).backward()
+    >>> optimizer.step()  # W - (W x) x^T, and |x| = 1
+    >>> bool(torch.nn.functional.linear(x, weight).abs().max() < 1e-5)
+    True
+    """
+
+    _cell: _Cell
+    _transposed: bool
+
+    @staticmethod
+    def __new__(cls, matrix: TrainedMatrix, name: str) -> ImplicitWeight:
+        return cls._view(_Cell(name, matrix), transposed=False)
+
+    @classmethod
+    def _view(cls, cell: _Cell, transposed: bool) -> ImplicitWeight:
+        start = cell.value.start
+        shape, strides = (start.rows, start.columns), (start.columns, 1)
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            shape[::-1] if transposed else shape,
+            strides=strides[::-1] if transposed else strides,
+            dtype=start.noise.dtype,
+            device=start.noise.device,
+        )
+        made._cell, made._transposed = cell, transposed
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"ImplicitWeight({self._cell.name!r}, {tuple(self.shape)})"
+
+    def data_ptr(self) -> int:
+        """The same for views of one weight, another for each weight; nothing is stored there."""
+        return id(self._cell)
+
+    @property
+    def matrix(self) -> TrainedMatrix:
+        """Its value, not transposed."""
+        return self._cell.value
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.einsum:
+            func, args = _einsum_as_matmul, args[:1] + tuple(_flat(args[1:]))
+        with torch._C.DisableTorchFunctionSubclass(), _Saving():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        handler = HANDLERS.get(func.overloadpacket)
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        weight = next(a for a in _flat(args) if isinstance(a, ImplicitWeight))
+        raise DepthMuPError(
+            f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
+            "can be multiplied with (linear layers, matmul) and trained by SGD with momentum and weight decay"
+        )
+
+
+def _flat(args: Any) -> list[Any]:
+    return [item for arg in args for item in (_flat(arg) if isinstance(arg, list | tuple) else [arg])]
+
+
+def _einsum_as_matmul(equation: str, *operands: Tensor) -> Tensor:
+    """The einsum of data and one weight that sums over one of its two indices, as a matrix product."""
+    left, _, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    at = next(i for i, operand in enumerate(operands) if isinstance(operand, ImplicitWeight))
+    weight, indices = operands[at], terms[at]
+    summed = [i for i in indices if i not in out]
+    if len(operands) != 2 or len(indices) != 2 or len(summed) != 1 or "..." in out or not out:
+        raise DepthMuPError(
+            f"{weight._cell.name}: einsum {equation!r} is not a product with this matrix over one of its indices. "  # type: ignore[attr-defined]
+            "Write it as a linear layer or matmul"
+        )
+    data, free = terms[1 - at], indices.replace(summed[0], "")
+    kept = data.replace(summed[0], "")
+    if set(kept + free) != set(out) or data.count(summed[0]) != 1 or len(set(data)) != len(data):
+        raise DepthMuPError(f"{weight._cell.name}: einsum {equation!r} is not covered here. Write it as matmul")  # type: ignore[attr-defined]
+    rows = operands[1 - at].movedim(data.index(summed[0]), -1)
+    made = torch.matmul(rows, weight if indices[0] == summed[0] else weight.t())
+    return made.permute([(kept + free).index(i) for i in out])
+
+
+class _Query(Tensor):
+    """A product's input as autograd saved it, with the coordinates of its rows: p^T q is a gradient in coordinates."""
+
+    _query: _Asked
+    _plain: Tensor
+    _transposed: bool
+
+    @classmethod
+    def of(cls, plain: Tensor, query: _Asked, transposed: bool) -> _Query:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
+        )
+        made._plain, made._query, made._transposed = plain, query, transposed
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        packet, query = func.overloadpacket, next(a for a in _flat(args) if isinstance(a, cls))
+        if packet in (aten.t, aten.transpose, aten.detach, aten.alias):
+            turned = packet in (aten.t, aten.transpose)
+            return cls.of(func(query._plain, *args[1:]), query._query, query._transposed != turned)
+        if packet is aten.mm and sum(isinstance(a, cls) for a in args) == 1:
+            first, second = args
+            if second is query and not query._transposed:
+                return query._query.gradient(first.t(), last=True)
+            if first is query and query._transposed:
+                return query._query.gradient(second, last=False)
+        raise DepthMuPError(
+            f"{query._query.cell.name}: its gradient passes {packet}, which is not covered here. Products must be "
+            "linear layers or matmul"
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows that a weight was multiplied by: which weight, from which side, and their coordinates."""
+
+    cell: _Cell
+    side: Side
+    coordinates: Tensor
+
+    def gradient(self, others: Tensor, *, last: bool) -> ImplicitWeight:
+        """Sum over rows of p q^T: ``others`` are those of the other side, and ours are the ``last`` factor or not."""
+        start = self.cell.value.start
+        theirs = self.cell.ask("left" if self.side == "right" else "right", others).coordinates
+        p, q = (theirs, self.coordinates) if self.side == "right" else (self.coordinates, theirs)
+        transposed = last != (self.side == "right")
+        return ImplicitWeight._view(_Cell(self.cell.name, TrainedMatrix.outer(start, p, q)), transposed)
+
+
+class _Saved:
+    """A tensor that autograd saved for a backward pass, and, once it was multiplied by a weight, as what."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.query: tuple[_Asked, bool] | None = None
+
+    def restored(self) -> Tensor:
+        return self.tensor if self.query is None else _Query.of(self.tensor, *self.query)
+
+
+class _Saving(saved_tensors_hooks):
+    """While one function of a weight runs: what autograd saves is kept in sight of the products inside it."""
+
+    active: list[_Saving] = []
+
+    def __init__(self) -> None:
+        self.saved: list[_Saved] = []
+
+        def pack(tensor: Tensor) -> _Saved:
+            self.saved.append(_Saved(tensor))
+            return self.saved[-1]
+
+        super().__init__(pack, _Saved.restored)
+
+    def __enter__(self) -> None:
+        self.active.append(self)
+        super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.active.remove(self)
+        self.saved = []
+
+
+def _note(x: Tensor, query: _Asked) -> None:
+    """Tells autograd's copy of an input which coordinates it has; the copy may be of the input's transpose."""
+    for saving in _Saving.active[-1:]:
+        for saved in saving.saved:
+            if isinstance(saved.tensor, ImplicitWeight):
+                continue
+            if _same(saved.tensor, x):
+                saved.query = query, False
+            elif x.ndim == 2 and _same(saved.tensor, x.t()):
+                saved.query = query, True
+
+
+def _mm(first: Tensor, second: Tensor) -> Any:
+    if isinstance(first, ImplicitWeight):
+        return NotImplemented if isinstance(second, ImplicitWeight) else _mm(second.t(), _t(first)).t()
+    assert isinstance(second, ImplicitWeight)
+    cell, side = second._cell, "right" if second._transposed else "left"  # x W^T is W x for rows x
+    value = cell.product(side, first)  # type: ignore[arg-type]
+    _note(first, _Asked(cell, side, cell.ask(side, first).coordinates))  # type: ignore[arg-type]
+    return value
+
+
+def _addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = NotImplemented if isinstance(bias, ImplicitWeight) else _mm(first, second)
+    return product if product is NotImplemented else beta * bias + alpha * product
+
+
+def _t(weight: ImplicitWeight, *axes: int) -> ImplicitWeight:
+    if axes and axes[0] % 2 == axes[1] % 2:
+        return weight
+    return ImplicitWeight._view(weight._cell, not weight._transposed)
+
+
+def _like(weight: ImplicitWeight, value: TrainedMatrix) -> ImplicitWeight:
+    return ImplicitWeight._view(_Cell(weight._cell.name, value), weight._transposed)
+
+
+def _add(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    if not (isinstance(weight, ImplicitWeight) and isinstance(other, ImplicitWeight)):
+        return NotImplemented
+    if weight._transposed != other._transposed or weight.matrix.start is not other.matrix.start:
+        return NotImplemented
+    return _like(weight, weight.matrix.plus(other.matrix, float(alpha)))
+
+
+def _sub(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    return _add(weight, other, alpha=-alpha)
+
+
+def _mul(weight: Any, factor: Any) -> Any:
+    if not isinstance(weight, ImplicitWeight):
+        weight, factor = factor, weight
+    if isinstance(factor, Tensor) and (isinstance(factor, ImplicitWeight) or factor.numel() != 1):
+        return NotImplemented
+    return _like(weight, weight.matrix.times(float(factor)))
+
+
+def _div(weight: Any, divisor: Any) -> Any:
+    if isinstance(divisor, Tensor) and (isinstance(divisor, ImplicitWeight) or divisor.numel() != 1):
+        return NotImplemented
+    return _mul(weight, 1 / float(divisor))
+
+
+def _in_place(made: Callable[..., Any]) -> Callable[..., Any]:
+    def act(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        result = made(weight, *args, **kwargs) if isinstance(weight, ImplicitWeight) else NotImplemented
+        if result is NotImplemented:
+            return NotImplemented
+        weight._cell.value = result._cell.value
+        return weight
+
+    return act
+
+
+def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(other, ImplicitWeight) or other.matrix.start is not weight.matrix.start:
+        return NotImplemented
+    return _like(weight, other.matrix)
+
+
+def _to(weight: ImplicitWeight, *args: Any, **kwargs: Any) -> Any:
+    """Where it is already, and of the type it has; it cannot be moved."""
+    kept = (weight.dtype, weight.device, None, False)
+    wanted = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype | torch.device)]
+    return _view(weight) if all(a in kept for a in wanted) else NotImplemented
+
+
+def _view(weight: ImplicitWeight) -> ImplicitWeight:
+    return ImplicitWeight._view(weight._cell, weight._transposed)
+
+
+def _any(weight: ImplicitWeight) -> Tensor:
+    matrix = weight.matrix
+    return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.change.any()))
+
+
+def _norm(weight: ImplicitWeight, order: float = 2, *_: Any, dtype: torch.dtype | None = None) -> Any:
+    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 else NotImplemented
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.mm: _mm,
+    aten.addmm: _addmm,
+    aten.t: _t,
+    aten.transpose: _t,
+    aten.permute: lambda weight, axes: _t(weight, *axes) if axes[0] % 2 else weight,
+    aten.detach: _view,
+    aten.alias: _view,
+    aten.clone: lambda weight, memory_format=None: _like(weight, weight.matrix),
+    aten.any: _any,
+    aten.linalg_vector_norm: _norm,
+    aten.to: _to,
+    aten._to_copy: _to,
+    aten.zeros_like: lambda weight, **_: _like(weight, weight.matrix.times(0.0)),
+    aten.neg: lambda weight: _mul(weight, -1.0),
+    aten.add: _add,
+    aten.sub: _sub,
+    aten.mul: _mul,
+    aten.div: _div,
+    aten.add_: _in_place(_add),
+    aten.sub_: _in_place(_sub),
+    aten.mul_: _in_place(_mul),
+    aten.div_: _in_place(_div),
+    aten.copy_: _in_place(_copy),
+    aten.zero_: _in_place(lambda weight: _mul(weight, 0.0)),
+}
+"""What can be done without entries."""

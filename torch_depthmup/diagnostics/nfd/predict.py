@@ -1,0 +1,175 @@
+"""Predicts the training of the user's own network at a width at which its hidden matrices could not be formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_depthmup.diagnostics.nfd.building import implicit_model
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, checked_coupling, checked_dtype
+from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
+from torch_depthmup.diagnostics.nfd.simulate import check_memory
+from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds_of
+from torch_depthmup.diagnostics.shared.progress import bar
+from torch_depthmup.diagnostics.shared.training import default_loss, own_random_state
+from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.running import call, main_output
+
+__all__ = ["Prediction", "predict"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The law of a network's training, as draws over its random initialization. Step 0 is initialization.
+
+    Args:
+        width: what the factory was called with.
+        outputs: the model's main output on the inputs, (seeds, steps + 1, *output).
+        losses: (seeds, steps + 1).
+        hidden: names of the matrices that were never formed.
+    """
+
+    width: int
+    outputs: Tensor
+    losses: Tensor
+    hidden: tuple[str, ...]
+
+    def mean(self, name: str = "outputs") -> Tensor:
+        """Mean over seeds of one of the fields."""
+        value: Tensor = getattr(self, name).mean(0)
+        return value
+
+    def error(self, name: str = "outputs") -> Tensor:
+        """Standard error over seeds of one of the fields; nan for a single seed."""
+        value: Tensor = getattr(self, name)
+        return value.std(0) / math.sqrt(len(value))
+
+
+def predict(
+    make_model: Callable[[int], nn.Module],
+    inputs: Any,
+    targets: Tensor,
+    *,
+    width: int,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    steps: int,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    seeds: int | Sequence[int] = 4,
+    coupling: Coupling = "reused",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Prediction:
+    """Trains the user's own model by its own code on all inputs at each step, without forming its hidden matrices.
+
+    The model is made in training mode, as the factory leaves it. A network of this width follows the same law, up to
+    what the shape of the distribution of its initial entries matters, which falls like 1 / width.
+
+    Args:
+        make_model: a factory width -> model, with random initialization.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
+        targets: handed to the loss.
+        width: of the model. Rows that a matrix is multiplied by in all steps together must be fewer than its columns.
+        optimizer: model -> optimizer: torch's SGD with momentum, nesterov and weight decay as wanted, or `dm.SGD` after
+            `dm.parametrize(model, ...)` in the same function.
+        steps: optimizer steps.
+        loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
+        seeds: how many, or which; one after the other.
+        coupling: ``"reused"`` predicts real networks; ``"decoupled"`` sends gradients back through others.
+        device: where to train; ``None`` is the CPU.
+        dtype: float32 or float64.
+        progress: whether a terminal shows a bar over all steps (needs rich).
+
+    Raises:
+        DepthMuPError: the factory does not fit (see `implicit_model`), an operation or the optimizer needs the entries
+            of a hidden matrix (named), the width does not support so many rows, memory will not do, or training
+            diverged.
+
+    Source: arXiv 2512.21075; the conditional products are those of `gaussian.py`.
+
+    >>> make = lambda n: nn.Sequential(nn.Linear(3, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, 1))
+    >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> result = predict(make, torch.eye(3), torch.ones(3, 1), width=10**5, optimizer=sgd, steps=1, seeds=2)
+    >>> result.outputs.shape, result.hidden
+    (torch.Size([2, 2, 3, 1]), ('2.weight',))
+    """
+    positive_integers("width and steps", [width, steps])
+    checked_coupling(coupling), checked_dtype(dtype)
+    which = seeds_of(seeds)
+    inputs, targets = _moved(inputs, device, dtype), _moved(targets, device, dtype)
+    hidden: tuple[str, ...] = ()
+    outputs, losses = [], []
+    with bar("predicting", len(which) * steps, show=progress) as advance:
+        for seed in which:
+            model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
+            weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
+            hidden = tuple(weights)
+            run = _Run(model, weights, optimizer(model), loss or default_loss, steps)
+            with own_random_state():
+                torch.manual_seed(seed)
+                values = run.train(inputs, targets, advance)
+            outputs.append(torch.stack([output for output, _ in values]))
+            losses.append(torch.stack([value for _, value in values]))
+    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), hidden)
+
+
+def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
+    return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, tuple | list) else value
+
+
+@dataclass
+class _Run:
+    """One seed's training."""
+
+    model: nn.Module
+    weights: Mapping[str, ImplicitWeight]
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Any, Tensor], Tensor]
+    steps: int
+
+    def train(self, inputs: Any, targets: Tensor, advance: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
+        """Output and loss before each step and after the last one."""
+        values = []
+        for step in range(self.steps + 1):
+            with torch.set_grad_enabled(step < self.steps):
+                output = call(self.model, inputs)
+                value = self.loss(output, targets)
+            if not bool(torch.isfinite(value)):
+                raise DepthMuPError(f"the network diverged at step {step}: take a smaller learning rate")
+            values.append((main_output(output).detach().clone(), value.detach()))
+            if step == self.steps:
+                break
+            if step == 0:
+                self._check_room()
+            self.optimizer.zero_grad()
+            value.backward()
+            self.optimizer.step()
+            advance()
+        return values
+
+    def _check_room(self) -> None:
+        """After the first forward pass: what all steps will ask of each matrix, against its size and the memory."""
+        needed = 0
+        for name, weight in self.weights.items():
+            start: GaussianMatrix = weight.matrix.start
+            rows = start.right_side.count + start.left_side.count  # a weight used transposed is asked from the left
+            queries = (2 * self.steps + 1) * rows
+            needed += queries * (start.rows + start.columns) * weight.element_size()
+            asked, least = (self.steps + 1) * rows, min(start.rows, start.columns)
+            if asked >= least:
+                raise DepthMuPError(
+                    f"{name} of shape {tuple(weight.shape)} is multiplied by {rows} rows in a pass, and {self.steps} "
+                    f"steps need {asked} of its {least} directions: little would be left out, and the network is "
+                    "cheaper to train. Take fewer samples or steps, or a width at least "
+                    f"{math.ceil((asked + 1) / least)} times as large"
+                )
+        check_memory(needed, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width")
