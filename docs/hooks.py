@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 
 from torch_depthmup import cli
 from torch_depthmup.diagnostics.monitor.recording import COLUMNS
-from torch_depthmup.diagnostics.transfer.result import Sweep, cells, reading
+from torch_depthmup.diagnostics.transfer.result import Sweep
 from torch_depthmup.diagnostics.transfer.runs import Job, Run
 from torch_depthmup.rules import FAMILIES, RULES, predicted_slopes
 
@@ -89,8 +89,8 @@ def sweep_of(path: str) -> Sweep:
 def transfer(path: str) -> str:
     """Optima, moves and regrets of a committed sweep, and what it says in words."""
     sweep = sweep_of(path)
-    header, rows = cells(sweep)
-    return table(header, [[f"`{name}`", *rest] for name, rest in rows]) + f"\n\n{reading(sweep)}"
+    header, rows = sweep.table()
+    return table(header, [[f"`{name}`", *rest] for name, rest in rows]) + f"\n\n{sweep.reading}"
 
 
 def table(header: Any, rows: Any) -> str:

@@ -52,7 +52,7 @@ def test_the_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_command_on_ones_own_network_is_shown() -> None:
-    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"choose", "demo", "nfd"}
+    assert {line.split()[1] for line in COMMANDS} == set(cli.COMMANDS) - {"demo", "nfd"}
 
 
 @pytest.mark.parametrize("page", list(filter(code_of, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))

@@ -142,7 +142,7 @@ def main() -> None:
     sweep.frame().to_csv(options.out / f"{name}.csv", index=False, float_format="%.6g")
     title = f"CIFAR-10 at 16 pixels, one pass, width {WIDTH}, {options.setup}"
     figure = dm.diagnostics.plots.transfer_figure(sweep, title=title)
-    figure.axes[0].yaxis.set_major_formatter("{x:.2f}")
+    figure.axes[0].yaxis.set_major_formatter("{x:.3f}")
     figure.savefig(options.figures / f"{name}.png", dpi=130)
 
 
