@@ -184,7 +184,7 @@ def forward_factor(sizes: Sequence[float], base_sizes: Sequence[float], depth_mu
     margin = SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
     difference = means[0] - means[1]
     step = math.log(depth_multiplier) / 4  # a quarter of a power
-    if margin > step or difference > -max(step, margin):
+    if margin > 2 * step or difference > -max(step / 2, margin):
         return 1.0
     exponent = round(difference / step) / 4
     near = abs(difference - 4 * exponent * step) <= margin + RELATIVE
