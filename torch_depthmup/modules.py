@@ -22,6 +22,12 @@ class Residual(nn.Module):
 
     Raises:
         TypeError: ``branch`` or ``shortcut`` is not a module.
+
+    >>> import torch, torch_depthmup as dm
+    >>> block = dm.Residual(torch.nn.Linear(4, 4))
+    >>> x = torch.ones(2, 4)
+    >>> torch.equal(block(x), x + block.branch(x))
+    True
     """
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None):

@@ -159,6 +159,18 @@ def find_branches(
 
     Source: the residual streams of arXiv 2310.02244, section 3; the definition of inner and outer operations of
     arXiv 2512.21075.
+
+    >>> import torch, torch_depthmup as dm
+    >>> class Block(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+    ...
+    ...     def forward(self, x):
+    ...         return x + self.down(torch.relu(self.up(x)))
+    >>> branches = dm.find_branches(torch.nn.Sequential(Block(), Block()), torch.ones(1, 8))
+    >>> [(branch.name, branch.levels, branch.carrier) for branch in branches]
+    [('0', 2, ('0.down.weight', '0.down.bias')), ('1', 2, ('1.down.weight', '1.down.bias'))]
     """
     return trace(model, example_inputs, include=include, exclude=exclude, branches=branches).branches
 

@@ -158,6 +158,15 @@ def coordinate_check(
         DepthMuPError: fewer than two depths or other wrong arguments, and as raised by `parametrize`.
 
     Source: the coordinate check of arXiv 2203.03466, appendix D.1, in depth; exponents from `rules.predicted_slopes`.
+
+    >>> import torch, torch_depthmup as dm
+    >>> def make(depth):
+    ...     blocks = [dm.Residual(torch.nn.Linear(16, 16)) for _ in range(depth)]
+    ...     return torch.nn.Sequential(torch.nn.Linear(4, 16), *blocks, torch.nn.Linear(16, 2))
+    >>> data = torch.randn(8, 4), torch.randint(2, (8,))
+    >>> found = coordinate_check(make, data, depths=[2, 4, 8], rule="depth-mup", seeds=2, most_seeds=2)
+    >>> [slope.quantity for slope in found.slopes][:2], found.slopes[0].predicted
+    (['branch', 'outer'], -0.5)
     """
     rule, kind = get_rule(rule), _family(optimizer, family)
     batches = _batches(data)

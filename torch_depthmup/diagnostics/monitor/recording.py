@@ -107,6 +107,14 @@ class FeatureMonitor:
         TracingError: the branches cannot be read off the forward pass.
 
     Source: arXiv 2512.21075 (own updates, forward-backward independence); arXiv 2203.03466, appendix D (coordinates).
+
+    >>> import torch, torch_depthmup as dm
+    >>> model = torch.nn.Sequential(*[dm.Residual(torch.nn.Linear(8, 8)) for _ in range(4)])
+    >>> monitor = FeatureMonitor(model, probe=torch.ones(2, 8), every=10)
+    >>> monitor.record(0), monitor.record(1), monitor.record(10)
+    (True, False, True)
+    >>> monitor.layers[0], len(monitor.rows)  # the function, four streams and four layers, twice
+    ('0.branch.weight', 18)
     """
 
     def __init__(

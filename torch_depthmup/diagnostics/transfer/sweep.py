@@ -76,6 +76,20 @@ def transfer_sweep(
     Raises:
         DepthMuPError: the grid is empty or wrong, the file is of another sweep, or a model cannot be parametrized; the
             message names the run.
+
+    >>> import torch, torch_depthmup as dm
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> def make(depth):
+    ...     blocks = [dm.Residual(torch.nn.Linear(8, 8)) for _ in range(depth)]
+    ...     return torch.nn.Sequential(*blocks, torch.nn.Linear(8, 2))
+    >>> def train(model, lr, seed):
+    ...     return (lr - 0.1) ** 2  # your own training; returns the loss
+    >>> sweep = transfer_sweep(
+    ...     make, train, depths=[2, 4], lrs=[0.05, 0.1, 0.2], rules="depth-mup", seeds=1,
+    ...     example_inputs=torch.ones(1, 8), executor=ThreadPoolExecutor(1),
+    ... )  # fmt: skip
+    >>> sweep.optimum("depth-mup", 4).lr
+    0.1
     """
     named = {rule.label: rule for rule in map(get_rule, [rules] if isinstance(rules, str | Rule) else rules)}
     jobs = _grid(depths, lrs, list(named), seeds)
