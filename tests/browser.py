@@ -86,10 +86,11 @@ def browser(width: int, height: int, *, phone: bool = False) -> Iterator[Page]:
             made = _post(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})
             session = f"{address}/session/{made['sessionId']}"
             yield Page(session)
-            urllib.request.urlopen(urllib.request.Request(session, method="DELETE"), timeout=30).read()
+            with urllib.request.urlopen(urllib.request.Request(session, method="DELETE"), timeout=30) as answer:
+                answer.read()
         finally:
             process.terminate()
-            process.wait(10)
+            process.communicate(timeout=10)  # which closes its pipe
 
 
 def _port(process: subprocess.Popen[str]) -> int:
