@@ -102,20 +102,20 @@ def _context(linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
 
 
 class LowPrecision(nn.Module):
-    """A float32 stream whose branches compute in bfloat16."""
+    """A branch of a float32 stream that computes in bfloat16."""
 
     def __init__(self, product) -> None:
         super().__init__()
         self.inner, self.outer, self.product = nn.Linear(8, 16), nn.Linear(16, 8), product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.product(self.outer, torch.tanh(self.product(self.inner, x)))
+        return self.product(self.outer, torch.tanh(self.product(self.inner, x))).float()
 
 
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 @pytest.mark.parametrize("product", [_casts_by_hand, _decorated, _context])
 def test_branches_in_a_lower_precision_than_their_weights_are_measured_within_its_rounding(product, how) -> None:
-    model = nn.Sequential(*[LowPrecision(product) for _ in range(12)])
+    model = nn.Sequential(*[dm.Residual(LowPrecision(product)) for _ in range(12)])
     assert dm.parametrize(model, depth_multiplier=6, example_inputs=X, how=how).branches
 
 
