@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_depthmup.errors import PlanError
+from torch_depthmup.scaling.checkpoints import note_in_checkpoints, take_off_notes
 from torch_depthmup.scaling.plan import Plan, PlannedParameter
 
 __all__ = [
@@ -67,6 +68,7 @@ class Handle:
         if owner is not None:
             self.alive.add(owner)
             _folded.clear()
+            note_in_checkpoints(owner, plan)
 
     @staticmethod
     def attach(model: nn.Module, plan: Plan, set_shapes: bool) -> None:
@@ -190,6 +192,7 @@ def _folded_multiplier(parameter: Tensor, planned: Planned | None) -> float:
 def forget(model: nn.Module) -> None:
     """Takes the plan off a module."""
     del vars(model)[ATTRIBUTE]
+    take_off_notes(model)
     Handle.alive.discard(model)
     _folded.clear()
 
