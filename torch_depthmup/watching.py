@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_depthmup.clipping import ALIKE, LOOKS, ClippingNotice
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import UNIT
-from torch_depthmup.scaling.registry import folded_multipliers, owners, planned_parameters
+from torch_depthmup.scaling.registry import folded_multipliers, owners, planned_parameters, trust_sizes
 from torch_depthmup.schedules import SAME, overwritten
 
 __all__ = ["watch"]
@@ -47,6 +47,7 @@ class _Watch:
         self.clipping: ClippingNotice | None = None
         params = [p for group in groups for p in group["params"]]
         if self.plain:
+            trust_sizes(params)
             _warn_if_plain(optimizer, params)
         elif any(m is None for m in multipliers):
             warnings.warn(

@@ -110,3 +110,54 @@ def test_a_teacher_that_gets_no_multipliers_is_told_and_the_advice_works(load: b
     model.teacher = copy.deepcopy(model.net).requires_grad_(False)
     assert torch.equal(*model(X))
     dm.AdamW(model.net)
+
+
+def _apply_an_init(model: Stack) -> None:
+    model.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear) else None)
+
+
+def _reset_every_layer(model: Stack) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+
+
+def _write_one_weight(model: Stack) -> None:
+    with torch.no_grad():
+        model.blocks[0].fc2.weight.copy_(torch.randn_like(model.blocks[0].fc2.weight))
+
+
+@pytest.mark.parametrize("again", [_apply_an_init, _reset_every_layer, _write_one_weight])
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+def test_a_weight_that_is_initialized_after_folding_is_told(how: str, again) -> None:
+    model = parametrized(how)
+    again(model)
+    if how == "wrap":  # the multiplier is on the module
+        dm.AdamW(model)
+        return
+    with pytest.warns(UserWarning, match="blocks.0.fc2.weight was written to after dm.parametrize"):
+        dm.AdamW(model)
+    dm.AdamW(model)  # told once
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_checkpoint_of_another_way_is_told_by_its_sizes_too(how: str, trained: bool) -> None:
+    other = Stack(8, PreNorm) if how == "fold" else parametrized("fold")
+    if trained:
+        step(other, torch.optim.SGD(other.parameters(), lr=1e-3) if how == "fold" else dm.SGD(other, lr=1e-3))
+    model = parametrized(how)
+    model.load_state_dict(dict(other.state_dict()))
+    with pytest.warns(UserWarning, match="blocks.0.fc2.weight was loaded with values of a model whose multipliers"):
+        dm.AdamW(model)
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+def test_a_checkpoint_of_the_same_run_is_told_nothing(how: str) -> None:
+    trained = parametrized(how)
+    step(trained, dm.AdamW(trained, lr=0.1))
+    model = parametrized(how)
+    model.load_state_dict(dict(trained.state_dict()))
+    optimizer = dm.AdamW(model, lr=0.1)
+    step(model, optimizer)
+    dm.AdamW(model, lr=0.1)  # after training
