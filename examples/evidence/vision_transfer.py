@@ -101,7 +101,7 @@ NETWORKS = {"conv": ConvNet, "vit": VisionTransformer}
 
 @dataclass(frozen=True)
 class OnePass:
-    """Trains on new images in every step. Returns the mean of the last fifth of the losses, infinite where not finite."""
+    """Trains on new images in every step. Returns the mean of the last fifth of the losses."""
 
     source: str
     steps: int
