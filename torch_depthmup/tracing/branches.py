@@ -20,6 +20,7 @@ from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
 from torch_depthmup.tracing.graph import Graph, record
+from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
@@ -59,9 +60,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a residual addition is written: its number among all additions of the pass, and its branch operand."""
+    """Where a residual addition is written: its number among the additions of the pass, and its branch operand."""
 
-    ordinal: int
+    number: Number
     operand: int
 
 
@@ -427,7 +428,7 @@ def _site(graph: Graph, residual: ResidualAddition) -> Site | None:
     addition = graph.additions.get(residual.node)
     if addition is None or residual.branch not in addition.operands:
         return None
-    return Site(addition.ordinal, addition.operands.index(residual.branch))
+    return Site(addition.number, addition.operands.index(residual.branch))
 
 
 def _returned(graph: Graph) -> dict[int, list[Producer]]:

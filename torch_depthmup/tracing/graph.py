@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
-from torch_depthmup.tracing.operations import Kind, Sums, addition_operands, kind_of, kind_of_write
+from torch_depthmup.tracing.operations import Kind, Number, Sums, addition_operands, kind_of, kind_of_write
 
 __all__ = ["Addition", "Graph", "Node", "record"]
 
@@ -27,6 +27,7 @@ class Addition:
     """An addition written in Python: which one in the order of the forward pass, and the nodes of its operands."""
 
     ordinal: int
+    number: Number
     operands: tuple[int, int]
     modules: tuple[str, ...]
 
@@ -99,8 +100,8 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.stack: list[str] = []
         self.sums = Sums()
-        # Every sum: its edge, those of its operands where Python names both, and the modules that were running.
-        self.additions: list[tuple[Edge | None, tuple[Edge | None, ...] | None, tuple[str, ...]]] = []
+        # Every sum: its number, its edge, its operands' edges where Python names both, and the modules then running.
+        self.additions: list[tuple[Number, Edge | None, tuple[Edge | None, ...] | None, tuple[str, ...]]] = []
         self.writes: dict[Edge, str] = {}  # the edge of an in-place write into a view, and the function that wrote
         self.returned: list[tuple[str, list[tuple[Edge | None, Edge | None]]]] = []
 
@@ -119,8 +120,7 @@ class _Recorder(TorchFunctionMode):
             self.writes[written] = func.__name__
         self.sums.note(func, args, kwargs, result)
         if is_sum:
-            # Every addition counts, also one without gradient: the ordinal must be the same in a later pass.
-            self.additions.append((edge, before, tuple(self.stack)))
+            self.additions.append((self.sums.number(func), edge, before, tuple(self.stack)))
         return result
 
     @contextlib.contextmanager
@@ -152,7 +152,8 @@ Edge = tuple[Any, int]
 
 def _producer(value: Any) -> Edge | None:
     """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
-    if not isinstance(value, Tensor) or not value.requires_grad:
+    # Where autograd does not record, as inside of a custom Function's forward, a view of a weight has no node.
+    if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
         return None
     edge = torch.autograd.graph.get_gradient_edge(value)
     return edge.node, edge.output_nr
@@ -247,7 +248,7 @@ def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
             if j >= 0:
                 consumers[j].append(i)
     additions = {}
-    for ordinal, (result, operands, modules) in enumerate(recorder.additions):
+    for ordinal, (number, result, operands, modules) in enumerate(recorder.additions):
         if result is None or result not in index or not nodes[index[result]].kind.is_sum:
             continue
         first, second = (
@@ -256,7 +257,7 @@ def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
             else (index.get(edge) if edge else None for edge in operands)
         )
         if first is not None and second is not None:
-            additions[index[result]] = Addition(ordinal, (first, second), modules)
+            additions[index[result]] = Addition(ordinal, number, (first, second), modules)
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
         outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
