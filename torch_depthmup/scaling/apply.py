@@ -14,7 +14,7 @@ from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import Rule, get_rule
 from torch_depthmup.running import is_sharded, normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
-from torch_depthmup.scaling.freshness import warn_if_trained
+from torch_depthmup.scaling.freshness import warn_if_trained, warn_of_copies
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.plan import How, Plan
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
@@ -84,6 +84,7 @@ def parametrize(
     plan = make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
     if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
         warn_if_trained(model)
+        warn_of_copies(model, plan)
     _carry_out(model, plan, seen)
     return plan
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.running import tensors_in
@@ -50,10 +51,30 @@ class Measured:
     Args:
         branches: each branch's value.
         outputs: each floating-point tensor of the model's output, auxiliary ones too.
+        tolerance: the relative error that rounding makes at the coarsest precision among parameters and what the
+            network computes (autocast).
     """
 
     branches: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    tolerance: float
+
+
+class _Coarsest(TorchFunctionMode):
+    """Notes the rounding error of the coarsest precision that one forward pass computes in."""
+
+    eps = 0.0
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
+def _run(model: nn.Module, inputs: Any, meter: Meter) -> Any:
+    torch.clear_autocast_cache()  # it keeps casts of weights that have been multiplied since
+    return run_metered(model, inputs, meter)
 
 
 def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
@@ -73,7 +94,8 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
     def read(branch: int, value: Tensor, skip: Tensor) -> None:
         values[branch] = value.clone()
 
-    output = run_metered(model, inputs, Meter(found, read))
+    with _Coarsest() as computed:
+        output = _run(model, inputs, Meter(found, read))
     for i, branch in enumerate(found.branches):
         if i not in values:
             raise MeasurementError(
@@ -86,7 +108,9 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
                 f"{branch.name}: the branch's value on the example inputs has norm {size}, so nothing can be measured. "
                 "Pass example inputs on which the freshly initialized network is finite and not zero"
             )
-    return Measured(tuple(values[i] for i in range(len(found.branches))), _floating(output))
+    kept = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    tolerance = min(COARSEST, ROUNDING * max([computed.eps, *kept]))
+    return Measured(tuple(values[i] for i in range(len(found.branches))), _floating(output), tolerance)
 
 
 def check_branches(model: nn.Module, inputs: Any, found: Trace, before: Measured, multipliers: Sequence[float]) -> None:
@@ -96,23 +120,21 @@ def check_branches(model: nn.Module, inputs: Any, found: Trace, before: Measured
         MeasurementError: a branch differs by more than rounding.
     """
     wrong: list[str] = []
-    coarsest = _rounding(model)
 
     def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
         was, multiplier = before.branches[branch], multipliers[branch]
         wide = torch.float64 if was.dtype == torch.float64 else torch.float32
         wanted = was.to(wide) * multiplier
         error = float((value.to(wide) - wanted).norm() / wanted.norm())
-        tolerance = min(COARSEST, max(coarsest, ROUNDING * torch.finfo(value.dtype).eps))
-        if not error <= tolerance:
+        if not error <= before.tolerance:
             ratio = float(value.to(wide).norm() / was.to(wide).norm())
             wrong.append(
                 f"{found.branches[branch].name}: the branch should be {multiplier:.6g} times what it was, and is "
-                f"{ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
+                f"{ratio:.6g} times (relative error {error:.2g}, tolerance {before.tolerance:.2g})"
             )
         return was.clone()
 
-    run_metered(model, inputs, Meter(found, compare))
+    _run(model, inputs, Meter(found, compare))
     if wrong:
         raise MeasurementError(
             "; ".join(wrong[:3])
@@ -127,20 +149,15 @@ def differing_output(model: nn.Module, inputs: Any, found: Trace, before: Measur
 
     Such an output sees a multiplier by another way than the residual addition.
     """
-    output = run_metered(model, inputs, Meter(found, lambda branch, value, skip: before.branches[branch].clone()))
+    output = _run(model, inputs, Meter(found, lambda branch, value, skip: before.branches[branch].clone()))
     after = _floating(output)
     for i, (value, was) in enumerate(zip(after, before.outputs, strict=True)):
         wide = torch.float64 if was.dtype == torch.float64 else torch.float32
         error = float((value.to(wide) - was.to(wide)).nan_to_num().norm())
         size = float(was.to(wide).nan_to_num().norm())
-        if error > max(_rounding(model), ROUNDING * torch.finfo(was.dtype).eps) * size:
+        if error > before.tolerance * size:
             return "the output" if len(after) == 1 else f"output {i} (of {len(after)})"
     return None
-
-
-def _rounding(model: nn.Module) -> float:
-    """The relative error that rounding makes at the coarsest precision among a model's parameters."""
-    return ROUNDING * max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
 
 
 def _floating(output: Any) -> tuple[Tensor, ...]:
