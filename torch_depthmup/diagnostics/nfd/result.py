@@ -6,7 +6,7 @@ import math
 import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch_depthmup.diagnostics.nfd.setting import Scales, Setting
 from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import Rule, get_rule
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["NFDResult", "SIZES", "collect"]
 
@@ -76,7 +79,7 @@ class NFDResult:
         value = getattr(self, name)
         return value.std(0) / math.sqrt(len(value))
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """Tidy pandas frame of the sizes: step, t, quantity, mean, error.
 
         Raises:
