@@ -85,8 +85,8 @@ class NFDResult:
         rows = []
         for step in range(self.losses.shape[1]):
             loss = f"{number(float(losses[step]))} ± {number(float(errors[step]), 1)}"
-            rows.append((f"step {step}", (loss, *(number(float(sizes[name][step])) for name in updates))))
-        header = ("mean over layers", "loss", *(name.replace("_", " ") for name in updates))
+            rows.append((str(step), (loss, *(number(float(sizes[name][step])) for name in updates))))
+        header = ("step", "loss", *(name.replace("_", " ") for name in updates))
         told = [] if self.diverged is None else ["diverged at step {}, layer time {:.2f}".format(*self.diverged)]
         return "\n".join([*textwrap.wrap(head, COLUMNS), *columns(header, rows), *told])
 
