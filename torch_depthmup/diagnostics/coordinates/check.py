@@ -347,7 +347,8 @@ def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _slopes(sizes: AllSizes, rule: Rule, family: Family, tolerance: float) -> Iterator[Slope]:
     """In depth what the rule says; in width, where it scales width, nothing that training does depends on it."""
-    predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family)}
+    inner = ("inner", "") in sizes
+    predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family, inner_layers=inner)}
     kinds = sorted({kind for _, kind in sizes} - {""}) or [""]
     for quantity in QUANTITIES:
         for kind in kinds if quantity in ("branch", "inner", "outer") else [""]:
