@@ -107,3 +107,15 @@ def test_what_looks_in_the_first_steps_leaves_nothing_behind(model: Stack) -> No
     for _ in range(12):
         step(model, optimizer)
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_overwritten_rates_are_told_where_groups_are_stepped_one_at_a_time(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=1e-3)
+    groups = optimizer.param_groups
+    for group in groups:
+        group["lr"] = 1e-3
+    backward(model)
+    with pytest.warns(UserWarning, match="no longer in the planned ratio"):
+        for group in groups:  # as DeepSpeed's ZeRO does
+            optimizer.param_groups = [group]
+            optimizer.step()

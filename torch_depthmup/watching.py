@@ -35,7 +35,7 @@ class _Watch:
     """What is known of one optimizer's learning rates and gradients."""
 
     def __init__(self, optimizer: Optimizer):
-        groups = optimizer.param_groups
+        self.groups = groups = list(optimizer.param_groups)
         multipliers = [group.get("lr_multiplier") for group in groups]
         self.plain = all(m is None for m in multipliers)
         self.steps = 0
@@ -80,6 +80,8 @@ class _Watch:
 
     def _overwritten(self, optimizer: Optimizer) -> str | None:
         groups = optimizer.param_groups
+        if len(groups) < len(self.groups) and all(any(group is known for known in self.groups) for group in groups):
+            groups = self.groups  # DeepSpeed's ZeRO steps one group at a time
         rates = _rates(groups, self.steps)
         if rates is None or rates == self.rates:
             return None
