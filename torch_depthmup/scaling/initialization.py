@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import InitialSize
 from torch_depthmup.scaling.verify import filled
 from torch_depthmup.tracing.branches import Trace
@@ -65,8 +66,8 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
         return None
     values = parameter.detach()
-    size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
-    largest, smallest = _number(values.max()), _number(values.min())
+    size = number_of(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
+    largest, smallest = number_of(values.max()), number_of(values.min())
     if size == 0 or (largest == smallest and values.numel() > 1):  # biases at 0, gains at 1
         return InitialSize(size, 0.0)
     if bound is not None and max(largest, -smallest) <= bound * 1.01:
@@ -74,10 +75,6 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
         if abs(size / uniform - 1) < SURE * math.sqrt(0.2 / values.numel()):  # variance of a uniform value's square
             return InitialSize(uniform, 0.0)
     return InitialSize(size, math.sqrt(0.5 / values.numel()))  # of the log size of normal values
-
-
-def _number(value: Tensor) -> float:
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def simplest(ratio: float, error: float, width_multiplier: float, depth_multiplier: float) -> tuple[float, float]:
