@@ -28,7 +28,7 @@ import torch_depthmup as dm
 
 HERE = Path(__file__).parent
 BASE, TARGET = (2, 64), (12, 256)
-BATCH, LENGTH = 8, 32
+BATCH, LENGTH = 16, 16
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--exponents", type=int, nargs="+", default=range(-10, -3), help="of two, for the learning rate")
+    parser.add_argument(
+        "--exponents", type=int, nargs="+", default=range(-11, -5), help="of two, for the learning rate"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR")
     options = parser.parse_args()

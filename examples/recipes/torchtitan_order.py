@@ -105,15 +105,15 @@ def run(folder: Path) -> None:
 
 
 def main() -> None:
-    if "RANK" in os.environ:
-        distributed.init_process_group("gloo")
-    else:
-        store = tempfile.NamedTemporaryFile()
-        distributed.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
-    shared: list[str | None] = [tempfile.mkdtemp() if distributed.get_rank() == 0 else None]
-    distributed.broadcast_object_list(shared)
-    run(Path(str(shared[0])))
-    distributed.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        if "RANK" in os.environ:
+            distributed.init_process_group("gloo")
+        else:
+            distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        shared = [folder]
+        distributed.broadcast_object_list(shared)
+        run(Path(shared[0]))
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import torch_depthmup as dm
 
 ROOT = Path(__file__).parents[2]
 TITAN = ROOT / "examples" / "recipes" / "torchtitan_order.py"
-TENSOR_PARALLEL = ROOT / "tests" / "tensor_parallel.py"
+OTHERS = ROOT / "tests" / "two_processes.py"
 SECONDS = 120
 
 
@@ -60,6 +64,26 @@ def test_plan_shard_initialize_scale_save_and_resume_on_two_processes_as_on_one(
 
 
 def test_tensor_parallel_parameters_are_scaled_and_trained_as_whole_ones() -> None:
-    losses = numbers(printed(TENSOR_PARALLEL, 2))
+    losses = numbers(printed(OTHERS, 2))
     assert len(losses) == 8
     assert losses[::2] == pytest.approx(losses[1::2], rel=1e-4)
+
+
+def test_seventy_billion_parameters_are_planned_without_being_allocated() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def llama(layers: int, width: int) -> torch.nn.Module:
+        heads = width // 128
+        sizes = {"hidden_size": width, "intermediate_size": width * 7 // 2, "num_hidden_layers": layers}
+        config = transformers.LlamaConfig(
+            vocab_size=128256, num_attention_heads=heads, num_key_value_heads=heads // 8, use_cache=False, **sizes
+        )
+        return transformers.LlamaForCausalLM(config)
+
+    with torch.device("meta"):
+        model, base = llama(80, 8192), llama(4, 1024)
+    start = time.process_time()
+    plan = dm.plan(model, base=base, example_inputs=torch.zeros(1, 16, dtype=torch.long))
+    assert time.process_time() - start < 20
+    assert sum(parameter.numel() for parameter in model.parameters()) > 70e9
+    assert len(plan.branches) == 160 and plan["lm_head.weight"].folded == 1 / 8

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import PlanError
@@ -79,7 +80,7 @@ def _structure(path: str, names: Sequence[str], known: Mapping[str, Tensor]) -> 
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return not a.numel() or number_of((a.detach() - b.detach()).abs().max()) == 0
+    return number_of(torch.linalg.vector_norm((a.detach() - b.detach()).float())) == 0
 
 
 def _warn_unequal(path: str, original: str) -> None:

@@ -1,6 +1,7 @@
-"""One of two processes of tests/scaling/test_two_processes.py: a model on tensor parallel shards, beside a whole one.
+"""One of two processes of tests/scaling/test_two_processes.py: sharded models beside whole ones.
 
-Prints the last loss of the sharded and of the whole model, folded and wrapped, under AdamW and under clipped SGD.
+Of tensor parallel shards it prints the last loss, and that of the whole model: folded and wrapped, under AdamW and
+under clipped SGD.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torch_depthmup as dm
@@ -33,8 +35,23 @@ def trained(model: nn.Module, clip: bool) -> float:
     return float(loss.detach())
 
 
+def small_parameters() -> None:
+    """Of a parameter of one row the second process holds nothing."""
+
+    def network(depth: int, width: int) -> nn.Module:
+        torch.manual_seed(0)
+        blocks = [dm.Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))) for _ in range(depth)]
+        return nn.Sequential(nn.Linear(8, width), *blocks, nn.Linear(width, 1))
+
+    plan = dm.plan(network(8, 32).to("meta"), base=network(2, 8), example_inputs=X[:2])
+    whole, sharded = network(8, 32), network(8, 32)
+    fully_shard(sharded)
+    assert dm.apply(sharded, plan) == dm.apply(whole, plan)
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
+    small_parameters()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     base = Network(2, 16)
     base.initialize()
