@@ -27,6 +27,7 @@ __all__ = [
     "is_sharded",
     "main_output",
     "normalise_name",
+    "number_of",
     "quiet",
     "tensors_in",
     "unwrap",
@@ -73,6 +74,11 @@ def without_numbers(name: str) -> str:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter's values are spread over processes (FSDP, tensor parallelism)."""
     return type(parameter.data).__name__ in ("DTensor", "FlatParameter", "ShardedTensor")
+
+
+def number_of(value: Tensor) -> float:
+    """A tensor of one element as a number, also where it is spread over processes."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

@@ -10,7 +10,7 @@ and a linear head. PyTorch's own initialization, Adam, batches of 64. Depth coun
 block has two. The loss of a run is the mean of the last fifth of its training losses, each on images that are new.
 
 Finished runs are kept in a file (--runs): the same command goes on where it was stopped, also with more --seeds. Writes
-vision_transfer_SETUP.csv beside this file and figures/vision_transfer_SETUP.png. A set-up takes about an hour on one
+vision_transfer_SETUP.csv beside this file and figures/vision_transfer_SETUP.png. A set-up takes up to an hour on one
 core.
 """
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--setup", choices=NETWORKS, default="conv")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250, help="of a run; 781 are a pass (default 250)")
+    parser.add_argument("--steps", type=int, default=150, help="of a run; 781 are a pass (default 150)")
     parser.add_argument("--lrs", type=int, nargs=2, metavar=("LOW", "HIGH"), help="powers of two, ends included")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default 1)")
     parser.add_argument("--runs", type=Path, help="finished runs (default vision_transfer_SETUP.jsonl)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
@@ -81,35 +80,6 @@ def test_training_is_told_from_weights_alone(biases: bool, normal: bool) -> None
     resumed.load_state_dict(model.state_dict())
     with pytest.warns(UserWarning, match="looks trained or loaded: the largest singular value of"):
         dm.parametrize(resumed, depth_multiplier=4, example_inputs=X)
-
-
-class WithCopy(nn.Module):
-    """A network and one that follows it, which runs without gradients."""
-
-    def __init__(self, load: bool) -> None:
-        super().__init__()
-        self.net = Stack(8, PreNorm)
-        self.teacher = copy.deepcopy(self.net) if not load else Stack(8, PreNorm)
-        self.teacher.load_state_dict(self.net.state_dict())
-        self.teacher.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            followed = self.teacher(x)
-        return self.net(x), followed
-
-
-@pytest.mark.parametrize("how", ["fold", "wrap"])
-@pytest.mark.parametrize("load", [True, False])
-def test_a_teacher_that_gets_no_multipliers_is_told_and_the_advice_works(load: bool, how) -> None:
-    model = WithCopy(load)
-    with pytest.warns(UserWarning, match="teacher.* has the values of net.* a momentum encoder"):
-        dm.parametrize(model, depth_multiplier=4, example_inputs=X, how=how)
-    model = WithCopy(load)
-    dm.parametrize(model.net, depth_multiplier=4, example_inputs=X, how=how)
-    model.teacher = copy.deepcopy(model.net).requires_grad_(False)
-    assert torch.equal(*model(X))
-    dm.AdamW(model.net)
 
 
 def _apply_an_init(model: Stack) -> None:

@@ -14,7 +14,8 @@ from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.rules import Rule, get_rule
 from torch_depthmup.running import is_sharded, normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import width as widths
-from torch_depthmup.scaling.freshness import warn_if_trained, warn_of_copies
+from torch_depthmup.scaling.copies import refuse_unequal
+from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, hooked, take_off
 from torch_depthmup.scaling.plan import How, Plan
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
@@ -84,7 +85,6 @@ def parametrize(
     plan = make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
     if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):
         warn_if_trained(model)
-        warn_of_copies(model, plan)
     _carry_out(model, plan, seen)
     return plan
 
@@ -117,6 +117,7 @@ def apply(model: nn.Module, plan: Plan) -> Plan:
     _refuse_another_plan(model, plan)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model is on the meta device: materialise and initialise it, then call dm.apply")
+    refuse_unequal(model, plan.copies)
     plan = resolve(plan, model) if any(entry.scale is None for entry in plan.entries) else plan
     _carry_out(model, plan, None)
     return plan
@@ -226,7 +227,7 @@ def _carry_out(model: nn.Module, plan: Plan, seen: Seen | None) -> None:
 def _measure(model: nn.Module, plan: Plan, seen: Seen, carriers: Mapping[str, tuple[Tensor, float]]) -> None:
     """Measures that the multipliers do to branches and outputs what they should, and takes them off again."""
     supplied = [branch.supplied for branch in plan.planned_branches]
-    hung = [hook for hook in plan.hooks if hook.branch is not None]
+    hung = [hook for hook in plan.hooks if hook.branch is not None and not hook.is_copy]
     before = measured(model, seen.inputs, seen.found)
     with _scaled(list(carriers.values())), hooked(model, hung):
         check_branches(model, seen.inputs, seen.found, before, supplied)
@@ -246,7 +247,7 @@ def _reaches_elsewhere(
     """What to say of a network whose branches are right and whose outputs are not: the first branch that does it."""
     for i, branch in enumerate(plan.branches):
         alone = [carriers[name] for name in branch.carrier if name in carriers]
-        with _scaled(alone), hooked(model, [hook for hook in plan.hooks if hook.branch == i]):
+        with _scaled(alone), hooked(model, [hook for hook in plan.hooks if hook.branch == i and not hook.is_copy]):
             reached = differing_output(model, seen.inputs, seen.found, before)
         if reached:
             carrier = f" {', '.join(branch.carrier)}" if plan.how == "fold" else ""

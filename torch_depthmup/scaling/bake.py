@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_depthmup.errors import MeasurementError, PlanError
 from torch_depthmup.running import call, fresh, main_output, normalise_name, quiet
 from torch_depthmup.scaling.checkpoints import converted
+from torch_depthmup.scaling.copies import copied
 from torch_depthmup.scaling.hooks import hang, hang_again, take_off
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import forget, owner_of, plan_of, refuse_replaced
@@ -59,7 +60,12 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             "weight comes last), so its multiplier cannot go into them. Keep the hooks; the model works as it is"
         )
     parameters = {plan[name].name: p for name, p in owner.named_parameters() if _is_planned(plan, name)}
-    carriers = [(parameters[name], multipliers[b.name]) for b in plan.branches for name in b.carrier]
+    factors = {name: multipliers[b.name] for b in plan.branches for name in b.carrier}
+    for entry in plan.entries:
+        original = copied(entry.name, plan.copies)
+        if original in factors:
+            factors[entry.name] = factors[original]
+    carriers = [(parameters[name], factor) for name, factor in factors.items()]
     refuse_replaced(parameter for parameter, _ in carriers)
     before = _outputs(owner, example_inputs)
     saved = [parameter.detach().clone() for parameter, _ in carriers] if before is not None else []

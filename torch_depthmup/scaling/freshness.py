@@ -1,4 +1,4 @@
-"""Whether values are what `parametrize` takes them for: fresh, and without unscaled copies beside them."""
+"""Whether values are what `parametrize` takes them for: fresh."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from torch_depthmup.scaling.plan import Plan
-
-__all__ = ["warn_if_trained", "warn_of_copies"]
+__all__ = ["warn_if_trained"]
 
 COUNTED = 10  # batches; a few may have been run to initialise or to try the model
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -84,35 +82,3 @@ def _outlier(weight: Tensor) -> float:
     rows, columns = matrix.shape
     size = float(matrix.square().mean().sqrt())
     return float((matrix @ vector).norm()) / (size * (math.sqrt(rows) + math.sqrt(columns))) if size else 0.0
-
-
-def warn_of_copies(model: nn.Module, plan: Plan) -> None:
-    """Warns where frozen parameters have the values of scaled ones and lie in no branch: copies that get no multiplier.
-
-    A teacher or momentum encoder that runs without gradients is not seen by the trace.
-    """
-    multipliers = {planned.branch.name: planned.supplied for planned in plan.planned_branches}
-    parameters = dict(model.named_parameters())
-    outside = {
-        _start(parameters[e.name]): e.name
-        for e in plan.entries
-        if e.branch is None and e.name in parameters and not parameters[e.name].requires_grad
-    }
-    for entry in plan.entries:
-        weight = parameters.get(entry.name)
-        if weight is None or weight.ndim < 2 or multipliers.get(entry.branch or "", 1.0) == 1.0 or not weight.any():
-            continue
-        name = outside.get(_start(weight))
-        if name is not None and torch.equal(parameters[name], weight):
-            warnings.warn(
-                f"{name} has the values of {entry.name}, which lies in a scaled branch, and was seen in none itself: a "
-                "copy that runs without gradients (a teacher, a momentum encoder)? It is not scaled. Call "
-                "dm.parametrize on the network alone, and copy.deepcopy it after that",
-                UserWarning,
-                stacklevel=4,
-            )
-            return
-
-
-def _start(weight: Tensor) -> tuple[torch.Size, tuple[float, ...]]:
-    return weight.shape, tuple(weight.detach().flatten()[:8].tolist())

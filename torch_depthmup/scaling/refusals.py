@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.running import without_numbers
-from torch_depthmup.scaling.plan import PlannedBranch, Stream
+from torch_depthmup.scaling.copies import copied
+from torch_depthmup.scaling.plan import Copy, PlannedBranch, Stream
 from torch_depthmup.tracing.branches import Trace, roles
 
 __all__ = ["refuse_nested", "refuse_shared", "refuse_unreached", "refuse_without_carrier"]
@@ -36,12 +37,12 @@ def refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
             )
 
 
-def refuse_unreached(model: nn.Module, trace: Trace) -> None:
+def refuse_unreached(model: nn.Module, trace: Trace, copies: Sequence[Copy]) -> None:
     """Refuses parameters that the example inputs did not reach and that belong into a branch, such as experts."""
     inside = {without_numbers(name): trace.branches[i] for name, (i, _) in roles(trace.branches).items()}
     for name, _ in model.named_parameters(remove_duplicate=True):
         branch = inside.get(without_numbers(name))
-        if name not in trace.reached and branch is not None:
+        if name not in trace.reached and branch is not None and copied(name, copies) is None:
             raise PlanError(
                 f"{name} was not reached by the example inputs, while its like lies in branch {branch.name}. Pass "
                 "example inputs that reach every part of the network (for a mixture of experts, more tokens)"
