@@ -24,6 +24,7 @@ __all__ = [
     "ATTRIBUTE",
     "Handle",
     "Planned",
+    "beside",
     "discover",
     "folded_multipliers",
     "forget",
@@ -282,12 +283,21 @@ def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
             return
 
 
+def _holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The parametrized modules that hold some of the parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [owner for owner, _ in owners() if any(id(parameter) in wanted for parameter in owner.parameters())]
+
+
+def beside(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """All parameters of the parametrized modules that hold some of them."""
+    return [parameter for owner in _holding(parameters) for parameter in owner.parameters()]
+
+
 def trust_sizes(parameters: Iterable[Tensor]) -> None:
     """Ends what `warn_if_rewritten` waits for: something else has trained the parameters."""
-    wanted = {id(parameter) for parameter in parameters}
-    for owner, _ in owners():
-        if any(id(parameter) in wanted for parameter in owner.parameters()):
-            _handle(owner).sizes.clear()
+    for owner in _holding(parameters):
+        _handle(owner).sizes.clear()
 
 
 def _tells(parameter: Tensor) -> bool:
