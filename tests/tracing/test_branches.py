@@ -212,7 +212,7 @@ def test_paths_from_constants_are_no_levels() -> None:
 def test_sums_without_a_recognisable_skip_are_refused_by_name(forward) -> None:
     parts = {name: linear() for name in "abcd"}
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(forward, **parts))
-    with pytest.raises(AmbiguousBranchError, match=r"^1: .*branches=.*exclude=\['1'\]"):
+    with pytest.raises(AmbiguousBranchError, match=r"^1: .*exclude=\['1'\]"):
         dm.find_branches(model, x())
     assert dm.find_branches(model, x(), exclude=["1"]) == ()
 

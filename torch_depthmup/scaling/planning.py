@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,8 @@ from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.streams import match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
-from torch_depthmup.tracing.census import check_census
+from torch_depthmup.tracing.census import check_census, check_parts
+from torch_depthmup.tracing.choosing import is_matched
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -107,7 +109,26 @@ def look(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    return seen, None if base is None else _seen(unwrap(base), inputs, options)
+    if base is None:
+        return seen, None
+    _refuse_unmatched(unwrap(base), options)
+    return seen, _seen(unwrap(base), inputs, options)
+
+
+def _refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuses patterns that match in the model and not in the base."""
+    for option, patterns in options.items():
+        for pattern in [patterns] if isinstance(patterns, str | type) else patterns or ():
+            if is_matched(base, pattern):
+                continue
+            wider = re.sub(r"\d+", "*", pattern) if isinstance(pattern, str) else pattern
+            advice = "Pass a base that has such modules too"
+            if is_matched(base, wider):
+                advice = f"Write a pattern that holds in both: {option}=[{wider!r}]"
+            raise PlanError(
+                f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
+                f"be counted in different ways. {advice}"
+            )
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
@@ -151,8 +172,10 @@ def make_plan(
     else:
         streams = match_streams(found.branches, base.found.branches)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
-    if rule.scales_depth and is_deeper:
+    if rule.scales_depth and (is_deeper or base is not None):
         check_census(found, None if base is None else base.found)
+    if rule.scales_depth and is_deeper:
+        check_parts(found)
         refusals.refuse_shared(found)
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found)
@@ -160,8 +183,8 @@ def make_plan(
     planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams)) for b in found.branches)
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
+    refusals.refuse_impossible(seen.model, planned, found, how)
     if how == "fold":
-        refusals.refuse_without_carrier(planned)
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
     entries, hung = _with_readouts(seen, entries)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
+from torch_depthmup.tracing.choosing import linear_way
 from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
@@ -335,10 +336,7 @@ def _is_beside(graph: Graph, node: int, residual: int) -> bool:
 def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> ResidualAddition | None:
     """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
     for skip, branch in (operands, operands[::-1]):
-        i, steps = branch, [branch]
-        while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
-            i = graph.data_inputs(i)[0]
-            steps.append(i)
+        i = next((step for step in linear_way(graph, branch) if step in waiting), -1)
         if i in waiting and graph.reaches(skip, branch):
             raise TracingError(
                 f"{waiting[i]}: declared as a branch, but what it is added to is computed from what it returns: it is "

@@ -28,6 +28,7 @@ class AtAdditions(TorchFunctionMode):
         super().__init__()
         self.sites = {t.site.ordinal: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
         self.ordinal = -1
+        self.rounding = 0.0  # the largest rounding error among the dtypes that occur in the pass
         self.sums = Sums()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -39,6 +40,8 @@ class AtAdditions(TorchFunctionMode):
             position, branch = self.sites[self.ordinal]
             return self.meet(branch, position, operands(), func, args, kwargs)
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype.is_floating_point:
+            self.rounding = max(self.rounding, torch.finfo(result.dtype).eps)
         self.sums.note(func, args, kwargs, result)
         return result
 
