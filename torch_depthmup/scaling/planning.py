@@ -25,7 +25,7 @@ from torch_depthmup.scaling.initialization import (
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.streams import match_streams, streams_at
-from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
+from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
 from torch_depthmup.tracing.choosing import is_matched
 
@@ -112,7 +112,7 @@ def look(
     if base is None:
         return seen, None
     _refuse_unmatched(unwrap(base), options)
-    return seen, _seen(unwrap(base), inputs, options)
+    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
 
 
 def _refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def make_plan(
     if base is None or not rule.scales_depth:
         streams = streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     else:
-        streams = match_streams(found.branches, base.found.branches)
+        streams = match_streams(found, base.found)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
     if rule.scales_depth and (is_deeper or base is not None):
         check_census(found, None if base is None else base.found)
@@ -207,7 +207,7 @@ def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream
 
 def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream]) -> list[PlannedParameter]:
     """Every parameter with its role, its width and the size that it should start with; nothing folded yet."""
-    places, found = roles(seen.found.branches), seen.found
+    places, found = _places(seen.found, streams), seen.found
     wide = _widths(seen, base, rule)
     sizes, kinds = _wanted_sizes(seen, base, wide)
     trunk = {without_numbers(name): stream for name, stream in found.trunk.items()}
@@ -234,6 +234,19 @@ def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream
             )
         )
     return entries
+
+
+def _places(found: Trace, streams: Sequence[Stream]) -> dict[str, tuple[int, Side]]:
+    """Each parameter's branch and side: the innermost one whose stream deepens, else the innermost one."""
+    places = roles(found.branches)
+    for i in sorted(range(len(found.traced)), key=lambda i: -len(found.traced[i].sides)):
+        if streams and streams[found.branches[i].stream].depth_multiplier != 1 and found.traced[i].nested:
+            places |= {
+                name: (i, side)
+                for name, side in found.traced[i].sides.items()
+                if streams[found.branches[places[name][0]].stream].depth_multiplier == 1
+            }
+    return places
 
 
 def _widths(seen: Seen, base: Seen | None, rule: Rule) -> Mapping[str, Width] | None:

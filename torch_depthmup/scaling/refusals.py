@@ -39,12 +39,13 @@ def refuse_shared(trace: Trace) -> None:
 def refuse_nested(trace: Trace, streams: tuple[Stream, ...]) -> None:
     """Refuses branches that hold branches, where both depths change."""
     for traced in trace.traced:
-        inside, outer = traced.nested, traced.branch
+        outer = traced.branch
+        inside = [i for i in traced.nested if streams[trace.branches[i].stream].depth_multiplier != 1]
         if inside and streams[outer.stream].depth_multiplier != 1:
             raise PlanError(
                 f"{outer.name}: the branch contains {len(inside)} residual branches of its own, such as "
-                f"{trace.branches[inside[0]].name}, and both depths change. Scale one of the two: "
-                f"exclude=['{outer.name}'], or a base in which the outer depth is the same"
+                f"{trace.branches[inside[0]].name}, and both depths change. Change one of the two: pass a base in "
+                "which the outer depth, or that of the streams inside, is the model's"
             )
 
 

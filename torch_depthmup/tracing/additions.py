@@ -7,7 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
@@ -237,8 +237,8 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
             for outer in around
         ):
             accepted.append(candidate)
-    nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
+    skips = {residual.node: residual.skip for residual in accepted}
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, skips, linked)]
     collecting = _collecting(graph, kept)
     kept = [r for r in kept if r.branch in declared or r.node not in collecting]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
@@ -303,14 +303,29 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], linked: set[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, skips: Mapping[int, int], linked: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    nodes = set(skips)
     nearest = nearest_additions(graph, residual.branch, nodes, stop=residual.start)
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
         inside = {node for node in nodes if only >> node & 1}
         return bool(inside & set(nearest)) or (residual.node not in linked and bool(inside & linked or nearest))
-    return any(graph.reaches(node, residual.start) and node != residual.start for node in nearest)
+    inside = [node for node in nearest if graph.reaches(node, residual.start) and node != residual.start]
+    return any(not _begins_inside(graph, node, residual.start, skips) for node in inside)
+
+
+def _begins_inside(graph: Graph, node: int, start: int, skips: Mapping[int, int]) -> bool:
+    """Whether the stream of an addition begins with weights after ``start``, as in ``x + stream(stem(x))``."""
+    pending, seen = [node], {node}
+    while pending:
+        skip = skips[pending.pop()]
+        if not graph.reaches(skip, start) or nearest_additions(graph, skip, {start}):
+            return False
+        before = set(nearest_additions(graph, skip, set(skips), stop=start)) - seen
+        pending.extend(before)
+        seen |= before
+    return True
 
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from torch_depthmup.modules import Residual
-from torch_depthmup.running import unwrap
+from torch_depthmup.running import unwrap, without_numbers
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
 from torch_depthmup.tracing.choosing import (
     Pattern,
@@ -31,6 +31,10 @@ from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
 __all__ = ["Branch", "Pattern", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
+
+
+Side = Literal["inner", "outer"]
+SIDES: tuple[Side, Side] = ("inner", "outer")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class TracedBranch:
             modules that return it, up to linear operations after them.
         nested: the indices of the branches inside it.
         is_tapped: whether what its carrier gives is used for something else besides the addition.
+        sides: the side of each parameter in it, with those of the branches inside it.
     """
 
     branch: Branch
@@ -87,6 +92,7 @@ class TracedBranch:
     summands: tuple[tuple[Producer, ...], ...]
     nested: tuple[int, ...]
     is_tapped: bool
+    sides: Mapping[str, Side]
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ class Trace:
         return tuple(traced.branch for traced in self.traced)
 
 
-def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Literal["inner", "outer"]]]:
+def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Side]]:
     """Each parameter's branch, by its index in ``branches``, and its side there. Parameters outside are not in it."""
-    found: dict[str, tuple[int, Literal["inner", "outer"]]] = {}
+    found: dict[str, tuple[int, Side]] = {}
     for i, branch in enumerate(branches):
         found |= dict.fromkeys(branch.inner, (i, "inner"))
         found |= dict.fromkeys(branch.outer, (i, "outer"))
@@ -181,8 +187,12 @@ def trace(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
+    like: Trace | None = None,
 ) -> Trace:
-    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors."""
+    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors.
+
+    A stream inside a branch that ``like`` has is one here too, even if it has a single addition.
+    """
     model = unwrap(model)
     included, excluded, declared = (matching(model, patterns) for patterns in (include, exclude, branches))
     graph = record(model, example_inputs)
@@ -191,7 +201,7 @@ def trace(
     }
     found, doubtful = residual_additions(graph, declared_nodes(graph, declared))
     _describe(graph, found)
-    found = _without_inner_steps(graph, found)
+    found = _without_inner_steps(graph, found, _nested_kinds(like))
     _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
     loose = _loose_matrices(graph, found, excluded or set())
@@ -220,13 +230,24 @@ def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
         residual.parts = describe(graph, bounds)
 
 
-def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:
-    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch."""
+def _nested_kinds(like: Trace | None) -> set[str]:
+    """The names without numbers of branches inside of branches."""
+    traced = () if like is None else like.traced
+    return {without_numbers(traced[i].branch.name) for outer in traced for i in outer.nested}
+
+
+def _without_inner_steps(graph: Graph, found: list[ResidualAddition], streams_of: set[str]) -> list[ResidualAddition]:
+    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch.
+
+    Those whose kind is in ``streams_of`` are a stream of which one addition is left.
+    """
     streams = _streams(graph, found)
     return [
         residual
         for residual, stream in zip(found, streams, strict=True)
-        if streams.count(stream) > 1 or not any(residual.node in outer.parts.nodes for outer in found)
+        if streams.count(stream) > 1
+        or without_numbers(residual.parts.owner) in streams_of
+        or not any(residual.node in outer.parts.nodes for outer in found)
     ]
 
 
@@ -253,7 +274,8 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         nested = (j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
         summands = summands_of(graph, residual.branch, residual.parts.nodes, returned)
         is_tapped = _is_tapped(graph, residual, frozenset(branch.carrier))
-        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), is_tapped))
+        whole = {name: SIDES[side] for name, side in residual.parts.sides.items() if name in sides}
+        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), is_tapped, whole))
     return Trace(
         traced=tuple(traced),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
