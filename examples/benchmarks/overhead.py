@@ -155,7 +155,7 @@ def compare_steps(name: str, model: nn.Module, rounds: int) -> None:
     A plan gives the parameters several learning rates, so they are in several groups, with or without this package.
     Where no decay is written, mup's constructor takes 0 and torch's 0.01, which is a pass more over the weights: the
     same one is written for all. Which optimizer allocates its moments first changes a step's time by up to 5 %, so each
-    is made early once and late once. Time is that of the processor, since other programs run beside.
+    is made first once. Time is that of the processor, since other programs run beside.
     """
     mup.set_base_shapes(model, None, do_assert=False)
     parameters = dict(model.named_parameters())
@@ -172,12 +172,13 @@ def compare_steps(name: str, model: nn.Module, rounds: int) -> None:
         "mup.MuAdamW": lambda: mup.MuAdamW(parameters.values(), **options),
     }
     times: dict[str, list[float]] = {label: [] for label in makers}
-    for labels in (list(makers), list(reversed(makers))):
+    for turn in range(len(makers)):
+        labels = [*makers][turn:] + [*makers][:turn]
         optimizers = {label: makers[label]() for label in labels}
         for optimizer in optimizers.values():
             for _ in range(12):  # in the first ones more is looked at
                 optimizer.step()
-        for _ in range(rounds // 2):
+        for _ in range(rounds // len(makers)):
             for label in random.sample(labels, len(labels)):
                 start = time.process_time()
                 optimizers[label].step()

@@ -5,6 +5,7 @@ python examples/recipes/fastai_learner.py
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (adds itself to Learner)
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
