@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,9 @@ from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.readouts import with_readouts
 from torch_depthmup.scaling.streams import match_streams, streams_at
-from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
-from torch_depthmup.tracing.census import check_census
+from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
+from torch_depthmup.tracing.census import check_census, check_parts
+from torch_depthmup.tracing.choosing import is_matched
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -110,7 +112,26 @@ def look(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    return seen, None if base is None else _seen(unwrap(base), inputs, options)
+    if base is None:
+        return seen, None
+    _refuse_unmatched(unwrap(base), options)
+    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
+
+
+def _refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuses patterns that match in the model and not in the base."""
+    for option, patterns in options.items():
+        for pattern in [patterns] if isinstance(patterns, str | type) else patterns or ():
+            if is_matched(base, pattern):
+                continue
+            wider = re.sub(r"\d+", "*", pattern) if isinstance(pattern, str) else pattern
+            advice = "Pass a base that has such modules too"
+            if is_matched(base, wider):
+                advice = f"Write a pattern that holds in both: {option}=[{wider!r}]"
+            raise PlanError(
+                f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
+                f"be counted in different ways. {advice}"
+            )
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
@@ -152,11 +173,13 @@ def make_plan(
     if base is None or not rule.scales_depth:
         streams = streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     else:
-        streams = match_streams(found.branches, base.found.branches)
+        streams = match_streams(found, base.found)
     copies = find_copies(seen.model, found)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
-    if rule.scales_depth and is_deeper:
+    if rule.scales_depth and (is_deeper or base is not None):
         check_census(found, None if base is None else base.found)
+    if rule.scales_depth and is_deeper:
+        check_parts(found)
         refusals.refuse_shared(found)
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found, copies)
@@ -164,8 +187,8 @@ def make_plan(
     planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams, copies)) for b in found.branches)
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
+    refusals.refuse_impossible(seen.model, planned, found, how)
     if how == "fold":
-        refusals.refuse_without_carrier(planned)
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
     entries, hung = with_readouts(seen.model, found, entries, copies)
@@ -192,7 +215,7 @@ def _entries(
     seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]
 ) -> list[PlannedParameter]:
     """Every parameter with its role, its width and the size that it should start with; nothing folded yet."""
-    places, found = roles(seen.found.branches), seen.found
+    places, found = _places(seen.found, streams), seen.found
     wide = _widths(seen, base, rule)
     sizes, kinds = _wanted_sizes(seen, base, wide)
     trunk = {without_numbers(name): stream for name, stream in found.trunk.items()}
@@ -220,6 +243,19 @@ def _entries(
             )
         )
     return entries
+
+
+def _places(found: Trace, streams: Sequence[Stream]) -> dict[str, tuple[int, Side]]:
+    """Each parameter's branch and side: the innermost one whose stream deepens, else the innermost one."""
+    places = roles(found.branches)
+    for i in sorted(range(len(found.traced)), key=lambda i: -len(found.traced[i].sides)):
+        if streams and streams[found.branches[i].stream].depth_multiplier != 1 and found.traced[i].nested:
+            places |= {
+                name: (i, side)
+                for name, side in found.traced[i].sides.items()
+                if streams[found.branches[places[name][0]].stream].depth_multiplier == 1
+            }
+    return places
 
 
 def _widths(seen: Seen, base: Seen | None, rule: Rule) -> Mapping[str, Width] | None:
