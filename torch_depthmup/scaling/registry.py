@@ -83,8 +83,9 @@ class Handle:
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
         handle = vars(model)[ATTRIBUTE] = Handle(model, plan, versions, set_shapes)
         handle.remember(model)
+        unscaled = _unscaled_sizes(plan)
         for name, parameter in model.named_parameters():
-            if name in plan.parameters and _unscaled_size(plan, name) != 1.0 and _tells(parameter):
+            if name in unscaled and _tells(parameter):
                 handle.sizes[name] = float(parameter.detach().norm())
 
     def remember(self, owner: nn.Module) -> None:
@@ -265,7 +266,8 @@ def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
                 ratios[name] = float(parameter.detach().norm()) / sizes[name]
         if not ratios:
             continue
-        lost = [name for name, r in ratios.items() if abs(r / _unscaled_size(plan, name) - 1) < ALIKE]
+        unscaled = _unscaled_sizes(plan)
+        lost = [name for name, r in ratios.items() if abs(r / unscaled[name] - 1) < ALIKE]
         moved = [name for name, r in ratios.items() if r and abs(r - 1) > UNCHANGED and plan[name].scale != 1.0]
         if load_count(owner):
             told = lost if len(lost) == len(ratios) else []
@@ -309,16 +311,13 @@ def _tells(parameter: Tensor) -> bool:
     )
 
 
-def _unscaled_size(plan: Plan, name: str) -> float:
+def _unscaled_sizes(plan: Plan) -> dict[str, float]:
     """The size that a value has in a model without the plan, or with it the other way, over its size in this one."""
-    entry = plan[name]
-    if entry.scale not in (None, 0.0, 1.0):
-        return 1 / entry.scale
+    sizes = {}
     if plan.how == "wrap":
-        for planned in plan.planned_branches:
-            if name in planned.branch.carrier:
-                return planned.supplied
-    return 1.0
+        sizes = {name: planned.supplied for planned in plan.planned_branches for name in planned.branch.carrier}
+    sizes |= {entry.name: 1 / entry.scale for entry in plan.entries if entry.scale not in (None, 0.0, 1.0)}
+    return {name: size for name, size in sizes.items() if size != 1.0}
 
 
 def _scaled(entry: PlannedParameter) -> bool:
