@@ -154,6 +154,8 @@ def _producer(value: Any) -> Edge | None:
     """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
+    if value.grad_fn is None and value._is_view():
+        return None  # of a parameter, inside a custom function: it has no part in the graph
     edge = torch.autograd.graph.get_gradient_edge(value)
     return edge.node, edge.output_nr
 

@@ -9,22 +9,19 @@ and weight decay need. Any other operation needs the entries, and is refused by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from torch_depthmup.diagnostics.nfd.gaussian import Product, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["ImplicitWeight"]
 
 aten = torch.ops.aten
-
-
-Side = Literal["right", "left"]
 
 
 @dataclass(eq=False)
@@ -33,19 +30,14 @@ class _Cell:
 
     name: str
     value: TrainedMatrix
-    asked: dict[Side, tuple[Tensor, int, Product]] = field(default_factory=dict)  # last: a backward pass needs it twice
 
-    def ask(self, side: Side, rows: Tensor) -> Product:
-        """The start's product with rows from a side, asked once where the same rows come again."""
-        last = self.asked.get(side)
-        if last is None or not _same(last[0], rows) or last[1] != rows._version:
-            last = self.asked[side] = rows, rows._version, getattr(self.value.start, side)(rows[None])
-        return last[2]
+    def ask(self, side: Side, rows: Tensor) -> Tensor:
+        """Coordinates (1, rows, queries) of rows from a side."""
+        return self.value.start.coordinates(side, rows)
 
     def product(self, side: Side, rows: Tensor) -> Tensor:
         """W q for rows q from the right, W^T p for rows p from the left."""
-        value: Tensor = getattr(self.value, f"{side}_value")(self.ask(side, rows))[0]
-        return value
+        return self.value.product(side, rows)[0]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -198,7 +190,7 @@ class _Asked:
     def gradient(self, others: Tensor, *, last: bool) -> ImplicitWeight:
         """Sum over rows of p q^T: ``others`` are those of the other side, and ours are the ``last`` factor or not."""
         start = self.cell.value.start
-        theirs = self.cell.ask("left" if self.side == "right" else "right", others).coordinates
+        theirs = self.cell.ask("left" if self.side == "right" else "right", others)
         p, q = (theirs, self.coordinates) if self.side == "right" else (self.coordinates, theirs)
         transposed = last != (self.side == "right")
         return ImplicitWeight._view(_Cell(self.cell.name, TrainedMatrix.outer(start, p, q)), transposed)
@@ -257,7 +249,7 @@ def _mm(first: Tensor, second: Tensor) -> Any:
     assert isinstance(second, ImplicitWeight)
     cell, side = second._cell, "right" if second._transposed else "left"  # x W^T is W x for rows x
     value = cell.product(side, first)  # type: ignore[arg-type]
-    _note(first, _Asked(cell, side, cell.ask(side, first).coordinates))  # type: ignore[arg-type]
+    _note(first, _Asked(cell, side, cell.ask(side, first)))  # type: ignore[arg-type]
     return value
 
 

@@ -151,6 +151,7 @@ class _Run:
                 break
             if step == 0:
                 self._check_room(before)
+                self._reserve(before)
             self.optimizer.zero_grad()
             value.backward()
             self.optimizer.step()
@@ -161,6 +162,13 @@ class _Run:
         """Directions asked of each matrix so far, from both sides: a transposed weight is asked from the left."""
         starts = {name: weight.matrix.start for name, weight in self.weights.items()}
         return {name: start.right_side.count + start.left_side.count for name, start in starts.items()}
+
+    def _reserve(self, before: Mapping[str, int]) -> None:
+        """Memory for what all steps will ask, so that none is taken twice."""
+        for name, now in self._asked().items():
+            start, rows = self.weights[name].matrix.start, now - before[name]
+            for side, passes in ((start.right_side, self.steps), (start.left_side, self.steps)):
+                side.reserve(side.count + passes * rows)
 
     def _check_room(self, before: Mapping[str, int]) -> None:
         """After the first forward pass: what all steps will ask of each matrix, against its size and the memory.
