@@ -103,7 +103,10 @@ def test_queries_that_move_slowly_stay_exact(speed: float) -> None:
         assert float((gram - torch.eye(side.count)).abs().max()) < 1e-4
     ours, theirs = (torch.cat(x, 1) for x in (list(zip(*rights, strict=True))[1], list(zip(*lefts, strict=True))[0]))
     other = torch.cat([value for _, value in lefts], 1)
-    assert float((torch.bmm(theirs, ours.mT) - torch.bmm(other, torch.cat([x for x, _ in rights], 1).mT)).abs().max()) < 0.02 * (1 + speed) ** 2
+    assert (
+        float((torch.bmm(theirs, ours.mT) - torch.bmm(other, torch.cat([x for x, _ in rights], 1).mT)).abs().max())
+        < 0.02 * (1 + speed) ** 2
+    )
 
 
 def test_a_query_overwritten_in_place_is_not_taken_for_the_last_one() -> None:
