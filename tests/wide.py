@@ -76,9 +76,10 @@ def dense(
     width: int = WIDTH,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
     inputs: Tensor = X,
+    targets: Tensor = Y,
 ) -> Tensor:
     """Outputs before each step and after the last one."""
-    return watched(make, seed, steps, width, optimizer, inputs, watch=False)[0]
+    return watched(make, seed, steps, width, optimizer, inputs, targets, watch=False)[0]
 
 
 def watched(
@@ -88,6 +89,7 @@ def watched(
     width: int = WIDTH,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
     inputs: Tensor = X,
+    targets: Tensor = Y,
     watch: bool = True,
 ) -> tuple[Tensor, dm.diagnostics.FeatureMonitor | None]:
     """The same, with a monitor's record at each step."""
@@ -101,7 +103,7 @@ def watched(
         if monitor is not None:
             monitor.record(step)
         stepping.zero_grad()
-        F.mse_loss(value, Y[: len(inputs)]).backward()
+        F.mse_loss(value, targets).backward()
         if step < steps:
             stepping.step()
     return torch.stack(outputs), monitor

@@ -141,7 +141,7 @@ def with_table(n: int) -> nn.Module:
         (with_table, "mask of shape .* Take another width"),
         (copies, "layers.1.self_attn.in_proj_weight starts with the same entries as layers.0"),
         (lambda n: Norms(16), "no parameter has two dimensions that change"),
-        (lambda n: nn.Sequential(nn.Conv2d(n, n, 3)), "0.weight of shape .* convolutions"),
+        (lambda n: nn.Sequential(nn.Bilinear(n, n, n)), "0.weight of shape .* experts side by side"),
         (lambda n: Norms(1 // (n - WIDTH)), r"make_model\(128\) fails"),
     ],
 )

@@ -8,6 +8,7 @@ and weight decay need. Any other operation needs the entries, and is refused by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.patches import Patches, positions
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["ImplicitWeight"]
@@ -26,10 +28,26 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class _Cell:
-    """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces."""
+    """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces.
+
+    A convolution's weight has a ``kernel``: its matrix multiplies patches.
+    """
 
     name: str
     value: TrainedMatrix
+    kernel: tuple[int, ...] = ()
+    patched: tuple[Tensor, int, Tensor] | None = None  # the last input and its patches: a backward pass needs them too
+
+    def of(self, value: TrainedMatrix) -> _Cell:
+        """Another value of the same shape."""
+        return _Cell(self.name, value, self.kernel)
+
+    def patches(self, walk: Patches, x: Tensor) -> Tensor:
+        """Rows of patches, the same tensor for the same input."""
+        last = self.patched
+        if last is None or not _same(last[0], x) or last[1] != x._version:
+            last = self.patched = x, x._version, walk.rows(x)
+        return last[2]
 
     def ask(self, side: Side, rows: Tensor) -> Tensor:
         """Coordinates (1, rows, queries) of rows from a side."""
@@ -51,6 +69,7 @@ class ImplicitWeight(Tensor):
     Args:
         matrix: its value, of one seed.
         name: what messages call it.
+        kernel: sizes of a convolution's kernel: the weight's shape is (rows, columns / their product, *kernel).
 
     >>> from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
     >>> start = GaussianMatrix(10**6, 10**6, Noise([0], dtype=torch.float32), std=1e-3)
@@ -67,13 +86,14 @@ class ImplicitWeight(Tensor):
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, matrix: TrainedMatrix, name: str) -> ImplicitWeight:
-        return cls._view(_Cell(name, matrix), transposed=False)
+    def __new__(cls, matrix: TrainedMatrix, name: str, kernel: tuple[int, ...] = ()) -> ImplicitWeight:
+        return cls._view(_Cell(name, matrix, kernel), transposed=False)
 
     @classmethod
     def _view(cls, cell: _Cell, transposed: bool) -> ImplicitWeight:
         start = cell.value.start
-        shape, strides = (start.rows, start.columns), (start.columns, 1)
+        shape: tuple[int, ...] = (start.rows, start.columns // math.prod(cell.kernel), *cell.kernel)
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             shape[::-1] if transposed else shape,
@@ -115,7 +135,8 @@ class ImplicitWeight(Tensor):
         weight = next(a for a in _flat(args) if isinstance(a, ImplicitWeight))
         raise DepthMuPError(
             f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
-            "can be multiplied with (linear layers, matmul) and trained by SGD with momentum and weight decay"
+            "can be multiplied with (linear layers, matmul, convolutions over one or two dimensions without groups) "
+            "and trained by SGD with momentum and weight decay"
         )
 
 
@@ -193,7 +214,7 @@ class _Asked:
         theirs = self.cell.ask("left" if self.side == "right" else "right", others)
         p, q = (theirs, self.coordinates) if self.side == "right" else (self.coordinates, theirs)
         transposed = last != (self.side == "right")
-        return ImplicitWeight._view(_Cell(self.cell.name, TrainedMatrix.outer(start, p, q)), transposed)
+        return ImplicitWeight._view(self.cell.of(TrainedMatrix.outer(start, p, q)), transposed)
 
 
 class _Saved:
@@ -258,14 +279,40 @@ def _addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alph
     return product if product is NotImplemented else beta * bias + alpha * product
 
 
-def _t(weight: ImplicitWeight, *axes: int) -> ImplicitWeight:
+def _convolution(
+    x: Tensor, weight: Any, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
+) -> Any:
+    if not isinstance(weight, ImplicitWeight) or transposed or rest[-1] != 1 or not 1 <= len(weight._cell.kernel) <= 2:
+        return NotImplemented
+    walk = Patches(weight._cell.kernel, stride, padding, dilation)
+    value = walk.image(weight._cell.product("right", weight._cell.patches(walk, x)), x)
+    return value if bias is None else value + bias.reshape(-1, *(1,) * len(walk.kernel))
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Any, _: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> Any:
+    """Gradients of the input, the weight and the bias, as far as the mask asks."""
+    cell, walk, wanted = weight._cell, Patches(weight._cell.kernel, stride, padding, dilation), rest[-1]
+    p = positions(gradient)
+    of_input = walk.summed(cell.product("left", p), x) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:
+        matrix = TrainedMatrix.outer(cell.value.start, cell.ask("left", p), cell.ask("right", cell.patches(walk, x)))
+        of_weight = ImplicitWeight._view(cell.of(matrix), transposed=False)
+    return of_input, of_weight, p.sum(0) if wanted[2] else None
+
+
+def _t(weight: ImplicitWeight, *axes: int) -> Any:
+    if weight._cell.kernel:
+        return NotImplemented
     if axes and axes[0] % 2 == axes[1] % 2:
         return weight
     return ImplicitWeight._view(weight._cell, not weight._transposed)
 
 
 def _like(weight: ImplicitWeight, value: TrainedMatrix) -> ImplicitWeight:
-    return ImplicitWeight._view(_Cell(weight._cell.name, value), weight._transposed)
+    return ImplicitWeight._view(weight._cell.of(value), weight._transposed)
 
 
 def _add(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
@@ -334,9 +381,11 @@ def _norm(weight: ImplicitWeight, order: float = 2, *_: Any, dtype: torch.dtype 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.mm: _mm,
     aten.addmm: _addmm,
+    aten.convolution: _convolution,
+    aten.convolution_backward: _convolution_backward,
     aten.t: _t,
     aten.transpose: _t,
-    aten.permute: lambda weight, axes: _t(weight, *axes) if axes[0] % 2 else weight,
+    aten.permute: lambda weight, axes: _t(weight, *axes) if len(axes) == 2 else NotImplemented,
     aten.detach: _view,
     aten.alias: _view,
     aten.clone: lambda weight, memory_format=None: _like(weight, weight.matrix),
