@@ -20,8 +20,10 @@ from mkdocs.structure.files import File, Files
 
 from torch_depthmup import cli
 from torch_depthmup.diagnostics.monitor.recording import COLUMNS
+from torch_depthmup.diagnostics.transfer.power import CLOSE
 from torch_depthmup.diagnostics.transfer.result import Sweep
 from torch_depthmup.diagnostics.transfer.runs import Job, Run
+from torch_depthmup.errors import MeasurementError
 from torch_depthmup.rules import FAMILIES, RULES, predicted_slopes
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,38 @@ def transfer(path: str) -> str:
     return table(header, [[f"`{name}`", *rest] for name, rest in rows]) + f"\n\n{sweep.reading}"
 
 
+def predicted(path: str) -> str:
+    """For each rule of a committed sweep, the deepest optimum as shallower depths predict it, and as it was found."""
+    sweep = sweep_of(path)
+    rows = []
+    for rule in sweep.rules:
+        try:
+            law = sweep.power_law(rule)
+        except MeasurementError:
+            rows.append([f"`{rule}`", "–", "–", f"{sweep.optimum(rule, sweep.depths[-1]).log2_lr}", "too few optima"])
+            continue
+        off = abs(law.predicted.value - law.found.value)
+        verdict = "yes" if off <= CLOSE else "within the errors" if law.predicts_deepest else "no"
+        exponent = f"{law.exponent.value:+.2f}±{law.exponent.error:.2f}"
+        rows.append([f"`{rule}`", exponent, f"{law.predicted}", f"{law.found}", verdict])
+    deepest = sweep.depths[-1]
+    header = ["rule", "drift: depth^", f"log2 lr predicted at {deepest}", "found", "within a factor 2^0.5"]
+    return table(header, rows)
+
+
+def collapse(path: str) -> str:
+    """Slopes over depth of the layers' own updates: a row for blocks and optimizer, a column for each rule."""
+    with (ROOT / path).open() as file:
+        found = {(r["layers"], r["optimizer"], r["quantity"], r["rule"]): r for r in csv.DictReader(file)}
+    rules_ = list(dict.fromkeys(key[3] for key in found))
+    rows = []
+    for layers, optimizer, quantity in dict.fromkeys(key[:3] for key in found):
+        cells = [found[layers, optimizer, quantity, rule] for rule in rules_]
+        shown = [f"{float(c['slope']):+.2f} ({float(c['predicted']):+.2f})" for c in cells]
+        rows.append([layers, optimizer, quantity, *shown])
+    return table(["layers in a block", "optimizer", "update of", *(f"`{rule}`" for rule in rules_)], rows)
+
+
 def table(header: Any, rows: Any) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(header), *rows]
@@ -105,4 +139,6 @@ WRITERS: dict[str, Callable[..., str]] = {
     "columns": columns,
     "commands": commands,
     "transfer": transfer,
+    "predicted": predicted,
+    "collapse": collapse,
 }

@@ -305,7 +305,7 @@ ROWS: dict[str, Callable[[str], None]] = {
 def table() -> dict[tuple[str, str], str]:
     """The documented outcome of each cell."""
     cells = {}
-    for line in TABLE.read_text().splitlines():
+    for line in TABLE.read_text().partition("## Beside")[0].splitlines():
         if found := re.match(r"\| `(.+?)` \| (\w+)\b.*? \| (\w+)\b.*? \|", line):
             cells[found[1], "fold"], cells[found[1], "wrap"] = found[2], found[3]
     return cells

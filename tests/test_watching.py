@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from blocks import PreNorm, Stack
-from optimizers import X, parametrized, step
+from optimizers import X, backward, parametrized, step
 
 import torch_depthmup as dm
 
@@ -42,3 +42,80 @@ def test_a_group_without_multipliers_beside_scaled_ones_is_told(model: Stack) ->
     net, optimizer = pickle.loads(pickle.dumps((model, dm.AdamW(model.blocks.parameters(), lr=0.1))))
     optimizer.add_param_group({"params": list(net.stem.parameters()), "param_names": ["a", "b"]})
     assert any("has no multipliers while others have" in message for message in told(net, optimizer))
+
+
+def _added_and_taken_off(weights, perturbed) -> None:
+    moves = [1e-3 * torch.ones_like(w) for w in weights]
+    torch._foreach_add_(weights, moves)
+    perturbed()
+    torch._foreach_sub_(weights, moves)
+
+
+def _behind_autograds_back(weights, perturbed) -> None:
+    for weight in weights:
+        weight.data.add_(0.05 * weight.grad / weight.grad.norm())
+    moves = [0.05 * weight.grad / weight.grad.norm() for weight in weights]
+    perturbed()
+    for weight, move in zip(weights, moves, strict=True):
+        weight.data.sub_(move)
+
+
+def _saved_and_put_back(weights, perturbed) -> None:
+    saved = [weight.data.clone() for weight in weights]
+    for weight in weights:
+        weight.data = weight.data + 1e-3
+    perturbed()
+    for weight, value in zip(weights, saved, strict=True):
+        weight.data = value
+
+
+def _clamped(weights, perturbed) -> None:
+    for weight in weights:
+        weight.clamp_(-0.05, 0.05)
+
+
+def _nothing(weights, perturbed) -> None:
+    perturbed()
+
+
+@pytest.mark.parametrize(
+    ("between", "how", "notices"),
+    [
+        (_added_and_taken_off, "fold", 1),
+        (_behind_autograds_back, "fold", 1),
+        (_saved_and_put_back, "fold", 1),
+        (_clamped, "fold", 1),
+        (_clamped, "wrap", 0),
+        (_nothing, "fold", 0),
+    ],
+)
+def test_writes_to_folded_weights_between_steps_are_told(between, how: str, notices: int) -> None:
+    net = parametrized(how)
+    optimizer = dm.AdamW(net, lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            backward(net)
+            with torch.no_grad():
+                between(list(net.parameters()), torch.enable_grad()(lambda: backward(net)))
+            optimizer.step()
+    assert sum("writes to folded weights" in str(w.message) for w in caught) == notices == len(caught)
+
+
+def test_what_looks_in_the_first_steps_leaves_nothing_behind(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=1e-3)
+    for _ in range(12):
+        step(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_overwritten_rates_are_told_where_groups_are_stepped_one_at_a_time(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=1e-3)
+    groups = optimizer.param_groups
+    for group in groups:
+        group["lr"] = 1e-3
+    backward(model)
+    with pytest.warns(UserWarning, match="no longer in the planned ratio"):
+        for group in groups:  # as DeepSpeed's ZeRO does
+            optimizer.param_groups = [group]
+            optimizer.step()

@@ -7,7 +7,7 @@ from torch_depthmup.modules import Residual
 from torch_depthmup.optim import SGD, Adam, AdamW, Muon, optimizer, rescale
 from torch_depthmup.rules import Rule
 from torch_depthmup.scaling.apply import apply, attach, parametrize, undo
-from torch_depthmup.scaling.bake import bake
+from torch_depthmup.scaling.bake import bake, convert_state_dict
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.planning import plan
 from torch_depthmup.scaling.registry import plan_of
@@ -31,6 +31,7 @@ __all__ = [
     "bake",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "convert_state_dict",
     "diagnostics",
     "find_branches",
     "optimizer",

@@ -7,11 +7,13 @@ same as in the network with explicit multipliers where they are taken of ``m g'`
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import OptimizerError
+from torch_depthmup.running import number_of
 from torch_depthmup.scaling.registry import folded_multipliers
 
 __all__ = ["ClippingNotice", "clip_grad_norm_", "clip_grad_value_"]
@@ -55,14 +57,14 @@ def clip_grad_norm_(
     tensor(5.)
     """
     params = _with_gradients(parameters)
-    by_multiplier: dict[float, list[Tensor]] = {}
+    alike: dict[Any, list[Tensor]] = {}
     for parameter, m in zip(params, folded_multipliers(params), strict=True):
         assert parameter.grad is not None
-        by_multiplier.setdefault(m, []).append(parameter.grad)
+        alike.setdefault((m, _mesh(parameter.grad)), []).append(parameter.grad)
     norms = []
-    for m, gradients in by_multiplier.items():
+    for (m, _), gradients in alike.items():
         norm = torch.nn.utils.get_total_norm(gradients, norm_type, False, foreach)
-        if m == 1.0 and len(by_multiplier) == 1:
+        if m == 1.0 and len(alike) == 1:
             norms.append(norm)
         else:  # norms of different meshes add up as ordinary numbers
             norms.append(m * getattr(norm, "full_tensor", lambda norm=norm: norm)())
@@ -73,8 +75,21 @@ def clip_grad_norm_(
         total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), float(norm_type))
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(f"the total norm of order {norm_type} of the gradients is not finite: {total}")
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, total, foreach)
+    for some in _by_mesh(params):
+        torch.nn.utils.clip_grads_with_norm_(some, max_norm, total, foreach)
     return total
+
+
+def _mesh(tensor: Tensor) -> Any:
+    """The processes over which a tensor is spread; torch's functions on lists of tensors take those of one mesh."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(_mesh(tensor), []).append(tensor)
+    return list(groups.values())
 
 
 def clip_grad_value_(
@@ -91,10 +106,10 @@ def clip_grad_value_(
         PlanError: a flat parameter of FSDP1 holds several parameters of a folded plan.
     """
     params = _with_gradients(parameters)
-    by_multiplier: dict[float, list[Tensor]] = {}
+    alike: dict[Any, list[Tensor]] = {}
     for parameter, m in zip(params, folded_multipliers(params), strict=True):
-        by_multiplier.setdefault(m, []).append(parameter)
-    for m, some in by_multiplier.items():
+        alike.setdefault((m, _mesh(parameter)), []).append(parameter)
+    for (m, _), some in alike.items():
         torch.nn.utils.clip_grad_value_(some, clip_value / m, foreach)
 
 
@@ -134,8 +149,8 @@ class ClippingNotice:
             return None
         self.looks += 1
         for seen, order in zip(self.seen, (2.0, float("inf")), strict=True):
-            norm = torch.nn.utils.get_total_norm(gradients, order)
-            seen.append(float(getattr(norm, "full_tensor", lambda norm=norm: norm)()))
+            norms = [number_of(torch.nn.utils.get_total_norm(some, order)) for some in _by_mesh(gradients)]
+            seen.append(float(torch.linalg.vector_norm(torch.tensor(norms), order)))
         same = [_alike(seen[-ALIKE:]) for seen in self.seen]
         for i, function in enumerate(("clip_grad_norm_", "clip_grad_value_")):
             last = self.seen[i][-ALIKE:]

@@ -19,7 +19,17 @@ from torch_depthmup.families import MeasuredFamily, measure_family
 from torch_depthmup.rules import Family, Multipliers, get_family
 from torch_depthmup.scaling.registry import Planned, discover, planned_parameters, refuse_replaced
 
-__all__ = ["Group", "Parameters", "Scaler", "as_groups", "check_groups", "named", "plans_for", "refuse_vectors"]
+__all__ = [
+    "Group",
+    "Parameters",
+    "Scaler",
+    "as_groups",
+    "check_groups",
+    "named",
+    "plans_for",
+    "refuse_vectors",
+    "tensor_of",
+]
 
 Group = dict[str, Any]
 Plans = dict[int, Planned]

@@ -24,10 +24,11 @@ from torch_depthmup.groups import (
     named,
     plans_for,
     refuse_vectors,
+    tensor_of,
 )
 from torch_depthmup.resuming import matched_by_name
 from torch_depthmup.rules import Family, get_family
-from torch_depthmup.scaling.registry import Planned, plan_of
+from torch_depthmup.scaling.registry import Planned, plan_of, warn_if_rewritten
 from torch_depthmup.watching import watch
 
 __all__ = ["SGD", "Adam", "AdamW", "Muon", "optimizer", "rescale"]
@@ -171,6 +172,7 @@ def _construct(
     groups = as_groups(params)
     plans = plans_for(groups)
     check_groups(groups, plans)
+    warn_if_rewritten(tensor_of(item) for group in groups for item in group["params"])
     for group in groups:
         if group.get("family", family.name if family else "") == "muon":
             refuse_vectors(group["params"], plans)

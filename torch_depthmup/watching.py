@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from torch_depthmup.clipping import ClippingNotice
+from torch_depthmup.clipping import ALIKE, LOOKS, ClippingNotice
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import UNIT
-from torch_depthmup.scaling.registry import folded_multipliers, owners, planned_parameters
+from torch_depthmup.scaling.registry import folded_multipliers, owners, planned_parameters, trust_sizes
 from torch_depthmup.schedules import SAME, overwritten
 
 __all__ = ["watch"]
@@ -35,7 +35,7 @@ class _Watch:
     """What is known of one optimizer's learning rates and gradients."""
 
     def __init__(self, optimizer: Optimizer):
-        groups = optimizer.param_groups
+        self.groups = groups = list(optimizer.param_groups)
         multipliers = [group.get("lr_multiplier") for group in groups]
         self.plain = all(m is None for m in multipliers)
         self.steps = 0
@@ -47,6 +47,7 @@ class _Watch:
         self.clipping: ClippingNotice | None = None
         params = [p for group in groups for p in group["params"]]
         if self.plain:
+            trust_sizes(params)
             _warn_if_plain(optimizer, params)
         elif any(m is None for m in multipliers):
             warnings.warn(
@@ -57,8 +58,9 @@ class _Watch:
                 stacklevel=6,
             )
             self.told_rates = True
-        elif any(m != 1.0 for m in folded_multipliers(params)):
+        elif folded := [p for p, m in zip(params, folded_multipliers(params), strict=True) if m != 1.0]:
             self.clipping = ClippingNotice()
+            _WritingNotice(optimizer, folded)
 
     def look(self, optimizer: Optimizer) -> None:
         """Before one step."""
@@ -78,6 +80,8 @@ class _Watch:
 
     def _overwritten(self, optimizer: Optimizer) -> str | None:
         groups = optimizer.param_groups
+        if len(groups) < len(self.groups) and all(any(group is known for known in self.groups) for group in groups):
+            groups = self.groups  # DeepSpeed's ZeRO steps one group at a time
         rates = _rates(groups, self.steps)
         if rates is None or rates == self.rates:
             return None
@@ -86,6 +90,50 @@ class _Watch:
             return None
         scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
         return overwritten(groups, rates, self.one_rate, scheduled)
+
+
+class _WritingNotice:
+    """Tells from the first steps that folded weights are written to between them: SAM, clamping, noise.
+
+    Hangs on the optimizer for as long as it looks, as a hook that copies and pickles leave behind.
+    """
+
+    def __init__(self, optimizer: Optimizer, folded: list[Tensor]):
+        plain = [p for p in folded if type(p.data) is Tensor]
+        self.looks = self.written = 0
+        if plain:
+            self.weight = min(plain, key=lambda p: (p.ndim < 2, p.numel()))
+            self.left: tuple[int, int, Tensor] | None = None
+            self.handles = [
+                optimizer.register_step_pre_hook(self.before),
+                optimizer.register_step_post_hook(self.after),
+            ]
+
+    def before(self, optimizer: Optimizer, args: Any, options: Any) -> None:
+        """Whether the weight is as the last step left it. What takes a write back leaves its rounding, or a count."""
+        if self.left is None or torch.compiler.is_compiling():
+            return
+        version, address, value = self.left
+        weight = self.weight
+        same = (weight._version, weight.data_ptr()) == (version, address) and torch.equal(weight, value)
+        self.looks += 1
+        self.written = 0 if same else self.written + 1
+        if self.written == ALIKE:
+            warnings.warn(
+                f"something writes to folded weights between the steps of {type(optimizer).__name__} (SAM, clamping, "
+                "noise?). A folded weight is m times that of the network with explicit multipliers, so what depends on "
+                "a weight's or a gradient's size does something else to it. Write dm.parametrize(..., how='wrap')",
+                UserWarning,
+                stacklevel=4,
+            )
+        if self.written == ALIKE or self.looks >= LOOKS:
+            for handle in self.handles:
+                handle.remove()
+
+    def after(self, optimizer: Optimizer, args: Any, options: Any) -> None:
+        """How the step leaves the weight."""
+        if not torch.compiler.is_compiling():
+            self.left = self.weight._version, self.weight.data_ptr(), self.weight.detach().clone()
 
 
 def _rates(groups: list[dict[str, Any]], steps: int) -> list[float] | None:

@@ -82,30 +82,30 @@ def test_zero_carriers_are_measured_and_stay_zero() -> None:
     assert plan.multipliers("blocks.0.alpha", "sgd").lr == 0.25  # m squared
 
 
-def test_a_branch_that_is_not_linear_in_its_carrier_is_refused_and_the_model_left_alone() -> None:
-    class Normed(PreNorm):
-        """The last weight is used twice, the second time where nothing shows it: measuring finds out."""
+class UsedUnseen(PreNorm):
+    """The last weight is used twice, the second time where nothing shows it: measuring finds out."""
 
-        def forward(self, x):
-            return (
-                x + torch.nn.functional.relu(self.fc2(self.fc1(x).tanh()) + 0.0 * x) + self.fc2.weight.detach().mean()
-            )
+    def forward(self, x):
+        return x + torch.nn.functional.relu(self.fc2(self.fc1(x).tanh()) + 0.0 * x) + self.fc2.weight.detach().mean()
 
-    class Affine(PreNorm):
-        def forward(self, x):
-            offset = torch.full_like(x, 0.5).detach()
-            return x + torch.where(offset > 0, self.fc2(self.fc1(x).tanh()), offset).clamp_min(0.1)
 
-    for block in (Normed, Affine):
-        model = build(4, block)
-        before = values(model)
-        with pytest.raises(DepthMuPError, match=r"blocks\.\d"):
-            dm.parametrize(model, depth_multiplier=4, example_inputs=X)
-        assert_untouched(model, before)
+class Clamped(PreNorm):
+    def forward(self, x):
+        offset = torch.full_like(x, 0.5).detach()
+        return x + torch.where(offset > 0, self.fc2(self.fc1(x).tanh()), offset).clamp_min(0.1)
+
+
+@pytest.mark.parametrize("block", [UsedUnseen, Clamped])
+def test_a_branch_that_is_not_linear_in_its_carrier_is_refused_and_the_model_left_alone(block) -> None:
+    model = build(4, block)
+    before = values(model)
+    with pytest.raises(DepthMuPError, match=r"blocks\.\d"):
+        dm.parametrize(model, depth_multiplier=4, example_inputs=X)
+    assert_untouched(model, before)
 
 
 def test_a_wrong_multiplier_is_found_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = sys.modules["torch_depthmup.scaling.apply"]
+    room = sys.modules["torch_depthmup.scaling.measuring"]
     real = room._scaled
     monkeypatch.setattr(room, "_scaled", lambda pairs: real([(parameter, m * 1.001) for parameter, m in pairs]))
     model = build(4)
@@ -142,19 +142,19 @@ def test_networks_without_branches_are_refused() -> None:
         dm.parametrize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), depth_multiplier=1, example_inputs=X)
 
 
-def test_rules_without_depth_need_no_base_and_no_inputs() -> None:
-    for rule in ("sp", "mup"):
-        plan = dm.parametrize(build(), rule=rule)
-        assert {entry.role for entry in plan.entries} == {"outside"}
-        assert dm.parametrize(build(), rule=rule, example_inputs=X).branches
+@pytest.mark.parametrize("rule", ["sp", "mup"])
+def test_rules_without_depth_need_no_base_and_no_inputs(rule: str) -> None:
+    plan = dm.parametrize(build(), rule=rule)
+    assert {entry.role for entry in plan.entries} == {"outside"}
+    assert dm.parametrize(build(), rule=rule, example_inputs=X).branches
 
 
-def test_twice_is_refused() -> None:
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy, nn.Sequential], ids=["same", "copy", "parent"])
+def test_twice_is_refused(again) -> None:
     model = build()
     dm.parametrize(model, depth_multiplier=2, example_inputs=X)
-    for again in (model, copy.deepcopy(model), nn.Sequential(model)):
-        with pytest.raises(PlanError, match="parametrized before"):
-            dm.parametrize(again, depth_multiplier=2, example_inputs=X)
+    with pytest.raises(PlanError, match="parametrized before"):
+        dm.parametrize(again(model), depth_multiplier=2, example_inputs=X)
 
 
 def test_meta_lazy_and_sharded_models_are_refused() -> None:
@@ -168,17 +168,23 @@ def test_meta_lazy_and_sharded_models_are_refused() -> None:
         dm.parametrize("model", depth_multiplier=2, example_inputs=X)  # type: ignore[arg-type]
 
 
-def test_a_compiled_model_can_be_folded_and_not_wrapped() -> None:
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, compiled_in_place])
+def test_a_compiled_model_cannot_be_wrapped(compiled) -> None:
+    with pytest.raises(PlanError, match="compiled"):
+        dm.parametrize(compiled(build()), depth_multiplier=4, example_inputs=X, how="wrap")
+
+
+def test_a_compiled_model_can_be_folded() -> None:
     plain = build()
     dm.parametrize(plain, depth_multiplier=4, example_inputs=X)
     compiled = torch.compile(build(), backend="eager")
     assert dm.parametrize(compiled, depth_multiplier=4, example_inputs=X) == dm.plan_of(compiled)
     assert torch.equal(compiled(X), plain(X))
-    in_place = build()
-    in_place.compile(backend="eager")
-    for model in (torch.compile(build()), in_place):
-        with pytest.raises(PlanError, match="compiled"):
-            dm.parametrize(model, depth_multiplier=4, example_inputs=X, how="wrap")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_depthmup as dm
-from torch_depthmup.errors import DepthMuPError, MeasurementError
+from torch_depthmup.errors import DepthMuPError
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -76,7 +76,7 @@ def test_a_value_that_is_used_twice_is_refused_and_the_model_left_alone(name: st
 
 
 def test_the_branch_that_does_it_is_named() -> None:
-    with pytest.raises(MeasurementError, match=r"last\.7\.weight.*output 1 \(of 2\)"):
+    with pytest.raises(DepthMuPError, match=r"#7: .*last\.7\.weight.*used for something else"):
         dm.parametrize(Net(8, 8, one_tap), base=Net(2, 8, one_tap), example_inputs=X)
 
 
@@ -85,3 +85,41 @@ def test_without_the_second_use_it_is_scaled() -> None:
         return tapped(net, x)[0]
 
     assert len(dm.parametrize(Net(8, 8, plain), base=Net(2, 8, plain), example_inputs=X).branches) == 8
+
+
+def _casts_by_hand(linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(h.bfloat16(), linear.weight.bfloat16(), linear.bias.bfloat16()).float()
+
+
+@torch.autocast("cpu", dtype=torch.bfloat16)
+def _decorated(linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    return linear(h)
+
+
+def _context(linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return linear(h).float()
+
+
+class LowPrecision(nn.Module):
+    """A branch of a float32 stream that computes in bfloat16."""
+
+    def __init__(self, product) -> None:
+        super().__init__()
+        self.inner, self.outer, self.product = nn.Linear(8, 16), nn.Linear(16, 8), product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(self.outer, torch.tanh(self.product(self.inner, x))).float()
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("product", [_casts_by_hand, _decorated, _context])
+def test_branches_in_a_lower_precision_than_their_weights_are_measured_within_its_rounding(product, how) -> None:
+    model = nn.Sequential(*[dm.Residual(LowPrecision(product)) for _ in range(12)])
+    assert dm.parametrize(model, depth_multiplier=6, example_inputs=X, how=how).branches
+
+
+def test_autocast_around_the_call_may_keep_its_casts() -> None:
+    model = nn.Sequential(*[dm.Residual(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))) for _ in range(8)])
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True):
+        assert dm.parametrize(model, depth_multiplier=4, example_inputs=X).branches

@@ -1,18 +1,22 @@
-"""A wrapped model -> a plain one: the multipliers go from hooks into the weights."""
+"""From one way of carrying the multipliers to another: a wrapped model -> a plain one, fold's checkpoints -> wrap's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import MeasurementError, PlanError
-from torch_depthmup.running import call, fresh, main_output, quiet
+from torch_depthmup.running import call, fresh, main_output, normalise_name, quiet
+from torch_depthmup.scaling.checkpoints import converted
+from torch_depthmup.scaling.copies import copied
 from torch_depthmup.scaling.hooks import hang, hang_again, take_off
+from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import forget, owner_of, plan_of, refuse_replaced
 
-__all__ = ["bake"]
+__all__ = ["bake", "convert_state_dict"]
 
 TOLERANCE = 1000  # in units of the dtype's rounding error: the factors are rounded in every layer
 COARSEST = 0.02
@@ -56,7 +60,12 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             "weight comes last), so its multiplier cannot go into them. Keep the hooks; the model works as it is"
         )
     parameters = {plan[name].name: p for name, p in owner.named_parameters() if _is_planned(plan, name)}
-    carriers = [(parameters[name], multipliers[b.name]) for b in plan.branches for name in b.carrier]
+    factors = {name: multipliers[b.name] for b in plan.branches for name in b.carrier}
+    for entry in plan.entries:
+        original = copied(entry.name, plan.copies)
+        if original in factors:
+            factors[entry.name] = factors[original]
+    carriers = [(parameters[name], factor) for name, factor in factors.items()]
     refuse_replaced(parameter for parameter, _ in carriers)
     before = _outputs(owner, example_inputs)
     saved = [parameter.detach().clone() for parameter, _ in carriers] if before is not None else []
@@ -77,6 +86,41 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         )
     forget(owner)
     return model
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module, plan: Plan | None = None) -> dict[str, Any]:
+    """A checkpoint of a folded model for a wrapped one, and back: values with the multipliers that the model expects.
+
+    Parametrized models note in the metadata of their state_dicts which multipliers the values contain, and refuse to
+    load values that contain others. The metadata is lost where a state_dict is copied key by key. An optimizer's state
+    is not converted: its moments belong to the other weights.
+
+    Args:
+        state_dict: of a model of the same plan but for ``how``; it is left as it is.
+        model: the parametrized model that is to load it, or a wrapper around it.
+        plan: that of the model which saved it, where the state_dict has no metadata.
+
+    Returns:
+        The converted state_dict.
+
+    Raises:
+        PlanError: nothing tells what the values contain, or the branches had other multipliers.
+
+    >>> import torch, torch_depthmup as dm
+    >>> block = lambda: dm.Residual(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)))
+    >>> folded, wrapped = (torch.nn.Sequential(*[block() for _ in range(8)]) for _ in range(2))
+    >>> x = torch.randn(2, 4)
+    >>> _ = dm.parametrize(folded, depth_multiplier=4, example_inputs=x)
+    >>> _ = dm.parametrize(wrapped, depth_multiplier=4, example_inputs=x, how="wrap")
+    >>> wrapped.load_state_dict(dm.convert_state_dict(folded.state_dict(), wrapped))
+    <All keys matched successfully>
+    >>> torch.allclose(wrapped(x), folded(x))
+    True
+    """
+    owner = owner_of(model)
+    path = next(name for name, module in model.named_modules() if module is owner)
+    prefix = normalise_name(f"{path}.x").removesuffix("x") if path else ""
+    return converted(state_dict, plan_of(model), plan, prefix)
 
 
 def _is_planned(plan: Any, name: str) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import InitialSize
 from torch_depthmup.scaling.verify import filled
 from torch_depthmup.tracing.branches import Trace
@@ -30,6 +31,7 @@ SURE = 4.0  # standard errors by which a size must miss a power before it is tak
 LEAST = 0.1  # spread of branch sizes, relative to them, that is always there: networks are of finite width
 SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ ...
 FEW = 4.0  # ... and this share of it more for each degree of freedom that is missing
+ROUNDING = 1e-6  # spread, relative to the size, of values that are all the same
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
 POWERS = (
     ((0.0, 0.0),),
@@ -64,20 +66,18 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     """
     if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
         return None
-    values = parameter.detach()
-    size = _number(torch.linalg.vector_norm(values.float())) / math.sqrt(values.numel())
-    largest, smallest = _number(values.max()), _number(values.min())
-    if size == 0 or (largest == smallest and values.numel() > 1):  # biases at 0, gains at 1
+    # Only sums: the largest of no values is an error, and of a small parameter some processes may hold none.
+    values = parameter.detach().float()
+    size = number_of(torch.linalg.vector_norm(values)) / math.sqrt(values.numel())
+    mean = number_of(values.sum()) / values.numel()
+    spread = number_of(torch.linalg.vector_norm(values - mean)) / math.sqrt(values.numel())
+    if spread <= ROUNDING * size and values.numel() > 1 or size == 0:  # gains at 1, biases at 0
         return InitialSize(size, 0.0)
-    if bound is not None and max(largest, -smallest) <= bound * 1.01:
+    if bound is not None and not number_of((values.abs() > bound * 1.01).sum()):
         uniform = bound / math.sqrt(3)
         if abs(size / uniform - 1) < SURE * math.sqrt(0.2 / values.numel()):  # variance of a uniform value's square
             return InitialSize(uniform, 0.0)
     return InitialSize(size, math.sqrt(0.5 / values.numel()))  # of the log size of normal values
-
-
-def _number(value: Tensor) -> float:
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def simplest(ratio: float, error: float, width_multiplier: float, depth_multiplier: float) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from torch_depthmup.tables import Table, columns, fold_names
 from torch_depthmup.tracing.branches import Branch
 
 __all__ = [
+    "Copy",
     "Hook",
     "How",
     "InitialSize",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 How = Literal["fold", "wrap"]
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,27 @@ class Hook:
         multiplier: the factor.
         branch: index of the branch that it multiplies (of the first, where one module returns several), or ``None`` for
             a readout.
+        is_copy: whether it is on a copy that the gradient does not reach.
     """
 
     module: str
     output: int
     multiplier: float
     branch: int | None = None
+    is_copy: bool = False
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A part of the model that trains nothing and follows another part, as a momentum teacher does.
+
+    Args:
+        name: its module.
+        of: the module whose values it holds.
+    """
+
+    name: str
+    of: str
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,7 @@ class Plan:
     planned_branches: tuple[PlannedBranch, ...]
     entries: tuple[PlannedParameter, ...]
     hooks: tuple[Hook, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -259,6 +276,7 @@ class Plan:
                 planned_branches=tuple(_planned_branch(branch) for branch in data["planned_branches"]),
                 entries=tuple(_planned_parameter(entry) for entry in data["entries"]),
                 hooks=tuple(Hook(**hook) for hook in data["hooks"]),
+                copies=tuple(Copy(**copy) for copy in data["copies"]),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a plan written by Plan.to_json: {type(error).__name__}: {error}") from error
@@ -295,8 +313,9 @@ def table(plan: Plan) -> str:
     lines += [
         f"a readout has shared weights: {hook.module or 'the model'} is multiplied by {hook.multiplier:.4g}"
         for hook in plan.hooks
-        if hook.branch is None
+        if hook.branch is None and not hook.is_copy
     ]
+    lines += [f"{copy.name} is a copy of {copy.of} and is scaled as it is" for copy in plan.copies]
     return "\n".join([*lines, "", *columns(*branch_rows(plan)), "", *columns(*parameter_rows(plan))])
 
 

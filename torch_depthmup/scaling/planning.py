@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch_depthmup.rules import Role, Rule, Width, get_rule
 from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
+from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
 from torch_depthmup.scaling.initialization import (
     correction,
     default_bounds,
@@ -22,14 +24,17 @@ from torch_depthmup.scaling.initialization import (
     relative_sizes,
 )
 from torch_depthmup.scaling.matching import counterparts
-from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
+from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
+from torch_depthmup.scaling.readouts import with_readouts
 from torch_depthmup.scaling.streams import match_streams, streams_at
-from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
-from torch_depthmup.tracing.census import check_census
+from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
+from torch_depthmup.tracing.census import check_census, check_parts
+from torch_depthmup.tracing.choosing import is_matched
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
 Initialization = Literal["base", "keep"]
+FROZEN = "; frozen: its initial size is left alone"
 NOTABLE = 0.05  # relative distance from its size at which "keep" warns
 
 
@@ -107,7 +112,26 @@ def look(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    return seen, None if base is None else _seen(unwrap(base), inputs, options)
+    if base is None:
+        return seen, None
+    _refuse_unmatched(unwrap(base), options)
+    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
+
+
+def _refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuses patterns that match in the model and not in the base."""
+    for option, patterns in options.items():
+        for pattern in [patterns] if isinstance(patterns, str | type) else patterns or ():
+            if is_matched(base, pattern):
+                continue
+            wider = re.sub(r"\d+", "*", pattern) if isinstance(pattern, str) else pattern
+            advice = "Pass a base that has such modules too"
+            if is_matched(base, wider):
+                advice = f"Write a pattern that holds in both: {option}=[{wider!r}]"
+            raise PlanError(
+                f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
+                f"be counted in different ways. {advice}"
+            )
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
@@ -149,32 +173,37 @@ def make_plan(
     if base is None or not rule.scales_depth:
         streams = streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     else:
-        streams = match_streams(found.branches, base.found.branches)
+        streams = match_streams(found, base.found)
+    copies = find_copies(seen.model, found)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
-    if rule.scales_depth and is_deeper:
+    if rule.scales_depth and (is_deeper or base is not None):
         check_census(found, None if base is None else base.found)
+    if rule.scales_depth and is_deeper:
+        check_parts(found)
         refusals.refuse_shared(found)
         refusals.refuse_nested(found, streams)
-        refusals.refuse_unreached(seen.model, found)
-    entries = _entries(seen, base, rule, streams)
-    planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams)) for b in found.branches)
+        refusals.refuse_unreached(seen.model, found, copies)
+    entries = _entries(seen, base, rule, streams, copies)
+    planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams, copies)) for b in found.branches)
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
+    refusals.refuse_impossible(seen.model, planned, found, how)
     if how == "fold":
-        refusals.refuse_without_carrier(planned)
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
-    entries, hung = _with_readouts(seen, entries)
+    entries, hung = with_readouts(seen.model, found, entries, copies)
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
-    made = Plan(rule, how, streams, planned, tuple(entries), hung)
+    entries, hung = scaled_as_originals(entries, hung, copies, found.reached)
+    made = Plan(rule, how, streams, planned, tuple(entries), hung, copies)
     return resolve(made, seen.model, keep=initialization == "keep")
 
 
-def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream]) -> float:
-    """The rule's; 1 for a branch of frozen parameters, which was trained at its own scale."""
+def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]) -> float:
+    """The rule's; 1 for a branch of frozen parameters, which was trained at its own scale, unless it is a copy."""
     parameters = dict(seen.model.named_parameters())
-    if not any(parameters[name].requires_grad for name in (*branch.inner, *branch.outer)):
+    is_copy = all(copied(name, copies) is not None for name in _inside(branch))
+    if not is_copy and not any(parameters[name].requires_grad for name in _inside(branch)):
         return 1.0
     return rule.branch_multiplier(streams[branch.stream].depth_multiplier)
 
@@ -182,9 +211,11 @@ def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream
 # Roles, widths and sizes
 
 
-def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream]) -> list[PlannedParameter]:
+def _entries(
+    seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]
+) -> list[PlannedParameter]:
     """Every parameter with its role, its width and the size that it should start with; nothing folded yet."""
-    places, found = roles(seen.found.branches), seen.found
+    places, found = _places(seen.found, streams), seen.found
     wide = _widths(seen, base, rule)
     sizes, kinds = _wanted_sizes(seen, base, wide)
     trunk = {without_numbers(name): stream for name, stream in found.trunk.items()}
@@ -196,6 +227,7 @@ def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream
         stream = None if branch is None else branch.stream
         if branch is None and without_numbers(name) in trunk:
             role, stream = "trunk", trunk[without_numbers(name)]
+        left_alone = "" if parameter.requires_grad or copied(name, copies) else FROZEN
         entries.append(
             PlannedParameter(
                 name=name,
@@ -205,12 +237,25 @@ def _entries(seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream
                 folded=1.0,
                 scale=None,
                 width=(wide or {}).get(name),
-                reason=_reason(name, role, branch, streams, found) + ("" if parameter.requires_grad else "; frozen"),
+                reason=_reason(name, role, branch, streams, found) + left_alone,
                 initial=sizes.get(name),
                 kind=kinds.get(name, ""),
             )
         )
     return entries
+
+
+def _places(found: Trace, streams: Sequence[Stream]) -> dict[str, tuple[int, Side]]:
+    """Each parameter's branch and side: the innermost one whose stream deepens, else the innermost one."""
+    places = roles(found.branches)
+    for i in sorted(range(len(found.traced)), key=lambda i: -len(found.traced[i].sides)):
+        if streams and streams[found.branches[i].stream].depth_multiplier != 1 and found.traced[i].nested:
+            places |= {
+                name: (i, side)
+                for name, side in found.traced[i].sides.items()
+                if streams[found.branches[places[name][0]].stream].depth_multiplier == 1
+            }
+    return places
 
 
 def _widths(seen: Seen, base: Seen | None, rule: Rule) -> Mapping[str, Width] | None:
@@ -352,10 +397,15 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
     if any(parameter.is_meta for parameter in model.parameters()):
         known = [replace(e, scale=None if e.initial else e.folded) for e in plan.entries]
         return replace(plan, entries=tuple(known))
-    corrections = _corrections(plan.entries, model)
+    originals = [entry for entry in plan.entries if copied(entry.name, plan.copies) is None]
+    corrections = _corrections(originals, model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     entries, kept = [], []
     for entry in plan.entries:
-        width, depth = corrections.get(entry.name, (1.0, 1.0))
+        original = copied(entry.name, plan.copies)
+        width, depth = corrections.get(original or entry.name, (1.0, 1.0))
+        if original is None and entry.name not in trained:
+            width = depth = 1.0
         if keep and abs(width * depth - 1) > NOTABLE:
             kept.append(f"{entry.name} ({1 / (width * depth):.3g} times its size)")
         factor = 1.0 if keep else width * depth
@@ -375,45 +425,3 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
             stacklevel=4,
         )
     return replace(plan, entries=tuple(entries))
-
-
-# Readouts
-
-
-def _with_readouts(seen: Seen, entries: Sequence[PlannedParameter]) -> tuple[list[PlannedParameter], tuple[Hook, ...]]:
-    """Multiplier 1 / width_mult for every weight from a width to a fixed number of outputs.
-
-    It is folded into the weight where nothing else uses it; else it hangs on the module that returns the product, and
-    what is added there is folded the other way.
-
-    Raises:
-        PlanError: the weight is shared or reparametrized, and no module returns the product.
-    """
-    own = widths.mup_readouts(seen.model)
-    changed = {entry.name: entry for entry in entries}
-    hung = []
-    for entry in entries:
-        if entry.width is None or entry.width.kind != "readout" or entry.name in own:
-            continue
-        multiplier = 1 / entry.width.multiplier
-        uses = seen.found.uses.get(entry.name, ())
-        if all(use.is_weight_operation and use.is_direct for use in uses):
-            changed[entry.name] = replace(
-                entry, folded=changed[entry.name].folded * multiplier, reason=f"{entry.reason}; a readout"
-            )
-            continue
-        for use in (use for use in uses if use.is_weight_operation):
-            if not use.modules:
-                raise PlanError(
-                    f"{entry.name} reads out of a width and is shared or reparametrized, so that width's multiplier "
-                    "cannot be folded into it, and no module returns the product to hang it on. Use "
-                    "mup.MuSharedReadout, or a base of the same width"
-                )
-            hung.append(Hook(*use.modules[0], multiplier))
-            for partner in (changed[name] for name in use.partners if name in changed and name != entry.name):
-                if partner.width is None or not partner.width.widths:
-                    changed[partner.name] = replace(partner, folded=partner.folded / multiplier)
-        changed[entry.name] = replace(
-            changed[entry.name], reason=f"{entry.reason}; a shared readout, its product times {multiplier:.4g}"
-        )
-    return list(changed.values()), tuple(dict.fromkeys(hung))

@@ -7,6 +7,7 @@ as plain data, so that it loads where this package is not installed, and is know
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_depthmup.errors import PlanError
+from torch_depthmup.scaling.checkpoints import load_count, note_in_checkpoints, take_off_notes
 from torch_depthmup.scaling.plan import Plan, PlannedParameter
 
 __all__ = [
@@ -31,9 +33,13 @@ __all__ = [
     "planned_parameters",
     "refuse_replaced",
     "refuse_shared_with_others",
+    "trust_sizes",
+    "warn_if_rewritten",
 ]
 
 ATTRIBUTE = "_torch_depthmup"
+TELLING = 64  # entries from which on a size tells
+UNCHANGED, ALIKE = 0.02, 0.05  # relative differences of sizes: written to and the same; drawn from one distribution
 Planned = tuple[Plan, str]
 """A plan and the planned name of one parameter."""
 
@@ -64,9 +70,11 @@ class Handle:
         self.versions = versions
         self.set_shapes = set_shapes
         self.modules: dict[str, tuple[weakref.ref[nn.Module], weakref.ref[Tensor]]] = {}
+        self.sizes: dict[str, float] = {}
         if owner is not None:
             self.alive.add(owner)
             _folded.clear()
+            note_in_checkpoints(owner, plan)
 
     @staticmethod
     def attach(model: nn.Module, plan: Plan, set_shapes: bool) -> None:
@@ -74,6 +82,9 @@ class Handle:
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
         handle = vars(model)[ATTRIBUTE] = Handle(model, plan, versions, set_shapes)
         handle.remember(model)
+        for name, parameter in model.named_parameters():
+            if name in plan.parameters and _unscaled_size(plan, name) != 1.0 and _tells(parameter):
+                handle.sizes[name] = float(parameter.detach().norm())
 
     def remember(self, owner: nn.Module) -> None:
         """Notes which module holds each parameter, to notice later that one was replaced."""
@@ -190,6 +201,7 @@ def _folded_multiplier(parameter: Tensor, planned: Planned | None) -> float:
 def forget(model: nn.Module) -> None:
     """Takes the plan off a module."""
     del vars(model)[ATTRIBUTE]
+    take_off_notes(model)
     Handle.alive.discard(model)
     _folded.clear()
 
@@ -233,6 +245,70 @@ def refuse_replaced(parameters: Iterable[Tensor]) -> None:
                     "into it, which may take the multiplier out again. Reparametrize first and call dm.parametrize "
                     "after it, or write how='wrap'"
                 )
+
+
+def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
+    """Warns where scaled values were written to before their first optimizer, and have lost the plan's factor by it.
+
+    Initialised again, or loaded from a model without the factor. Trained values that were loaded are any size.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    for owner, plan in owners():
+        handle = _handle(owner)
+        sizes, handle.sizes = handle.sizes, {}
+        ratios = {}
+        for name, parameter in owner.named_parameters():
+            if name in sizes and id(parameter) not in wanted:
+                handle.sizes[name] = sizes[name]
+            elif name in sizes and parameter._version != (handle.versions or {}).get(name) and _tells(parameter):
+                ratios[name] = float(parameter.detach().norm()) / sizes[name]
+        if not ratios:
+            continue
+        lost = [name for name, r in ratios.items() if abs(r / _unscaled_size(plan, name) - 1) < ALIKE]
+        moved = [name for name, r in ratios.items() if r and abs(r - 1) > UNCHANGED and plan[name].scale != 1.0]
+        if load_count(owner):
+            told = lost if len(lost) == len(ratios) else []
+            what = "was loaded with values of a model whose multipliers are elsewhere, or that has none"
+            fix = "Load a checkpoint of a run with this plan, or see dm.convert_state_dict and dm.attach"
+        else:
+            told, what = moved, "was written to after dm.parametrize (initialised again?)"
+            fix = "Initialise first, and call dm.parametrize after it"
+        if told:
+            warnings.warn(
+                f"{told[0]} {what}: it is {ratios[told[0]]:.3g} times as large as dm.parametrize left it. {fix}",
+                UserWarning,
+                stacklevel=6,
+            )
+            return
+
+
+def trust_sizes(parameters: Iterable[Tensor]) -> None:
+    """Ends what `warn_if_rewritten` waits for: something else has trained the parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    for owner, _ in owners():
+        if any(id(parameter) in wanted for parameter in owner.parameters()):
+            _handle(owner).sizes.clear()
+
+
+def _tells(parameter: Tensor) -> bool:
+    return (
+        type(parameter.data) is Tensor
+        and not parameter.is_meta
+        and parameter.numel() >= TELLING
+        and bool(parameter.any())
+    )
+
+
+def _unscaled_size(plan: Plan, name: str) -> float:
+    """The size that a value has in a model without the plan, or with it the other way, over its size in this one."""
+    entry = plan[name]
+    if entry.scale not in (None, 0.0, 1.0):
+        return 1 / entry.scale
+    if plan.how == "wrap":
+        for planned in plan.planned_branches:
+            if name in planned.branch.carrier:
+                return planned.supplied
+    return 1.0
 
 
 def _scaled(entry: PlannedParameter) -> bool:

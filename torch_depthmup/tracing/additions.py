@@ -7,10 +7,11 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
+from torch_depthmup.tracing.choosing import linear_way
 from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
@@ -236,8 +237,8 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
             for outer in around
         ):
             accepted.append(candidate)
-    nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
+    skips = {residual.node: residual.skip for residual in accepted}
+    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, skips, linked)]
     collecting = _collecting(graph, kept)
     kept = [r for r in kept if r.branch in declared or r.node not in collecting]
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
@@ -302,14 +303,29 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], linked: set[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, skips: Mapping[int, int], linked: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    nodes = set(skips)
     nearest = nearest_additions(graph, residual.branch, nodes, stop=residual.start)
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
-        inside = {node for node in nodes if only >> node & 1}
-        return bool(inside & set(nearest)) or (residual.node not in linked and bool(inside & linked or nearest))
-    return any(graph.reaches(node, residual.start) and node != residual.start for node in nearest)
+        own = {node for node in nodes if only >> node & 1}
+        return bool(own & set(nearest)) or (residual.node not in linked and bool(own & linked or nearest))
+    inside = [node for node in nearest if graph.reaches(node, residual.start) and node != residual.start]
+    return any(not _begins_inside(graph, node, residual.start, skips) for node in inside)
+
+
+def _begins_inside(graph: Graph, node: int, start: int, skips: Mapping[int, int]) -> bool:
+    """Whether the stream of an addition begins with weights after ``start``, as in ``x + stream(stem(x))``."""
+    pending, seen = [node], {node}
+    while pending:
+        skip = skips[pending.pop()]
+        if not graph.reaches(skip, start) or nearest_additions(graph, skip, {start}):
+            return False
+        before = set(nearest_additions(graph, skip, set(skips), stop=start)) - seen
+        pending.extend(before)
+        seen |= before
+    return True
 
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
@@ -335,10 +351,7 @@ def _is_beside(graph: Graph, node: int, residual: int) -> bool:
 def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> ResidualAddition | None:
     """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
     for skip, branch in (operands, operands[::-1]):
-        i, steps = branch, [branch]
-        while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
-            i = graph.data_inputs(i)[0]
-            steps.append(i)
+        i = next((step for step in linear_way(graph, branch) if step in waiting), -1)
         if i in waiting and graph.reaches(skip, branch):
             raise TracingError(
                 f"{waiting[i]}: declared as a branch, but what it is added to is computed from what it returns: it is "

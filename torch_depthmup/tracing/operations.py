@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Kind", "Operands", "Sums", "kind_of", "kind_of_write"]
+__all__ = ["Kind", "Number", "Operands", "Sums", "kind_of", "kind_of_write"]
 
 
 class Kind(enum.Enum):
@@ -164,10 +165,18 @@ FUSED: Mapping[str, Callable[..., Operands]] = {
 """Functions that add a tensor and something that they compute, by name: their two summands from their arguments."""
 
 
+Number = tuple[str, int]
+"""How an addition is told from all others of a forward pass: its spelling, and which of this spelling it is.
+
+Spellings are counted apart: a router may call more or fewer of its experts, whose outputs ``index_add`` collects.
+"""
+
+
 class Sums:
     """Tells the calls that add two tensors, in whatever spelling, from all others, in the order of a forward pass."""
 
     def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
         self.stacked: Any = (
             WeakIdKeyDictionary()
         )  # what torch.stack returned: its two tensors and where it stacked them
@@ -188,6 +197,13 @@ class Sums:
                 part = 0.5 if name == "mean" else 1.0
                 return lambda: (first * part, second * part)
         return None
+
+    def number(self, func: Callable) -> Number:
+        """The number of a call that adds. Every one counts, also without gradient: it is the same in a later pass."""
+        name = getattr(func, "__name__", "").removesuffix("_")
+        spelling = name if name in FUSED else "+"
+        self.counts[spelling] += 1
+        return spelling, self.counts[spelling] - 1
 
     def note(self, func: Callable, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         """Remembers what a call stacked, in case that it is summed next."""

@@ -26,19 +26,20 @@ class AtAdditions(TorchFunctionMode):
 
     def __init__(self, found: Trace):
         super().__init__()
-        self.sites = {t.site.ordinal: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
-        self.ordinal = -1
+        self.sites = {t.site.number: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
+        self.rounding = 0.0  # the largest rounding error among the dtypes that occur in the pass
         self.sums = Sums()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         operands = self.sums.operands(func, args, kwargs)
-        if operands is not None:
-            self.ordinal += 1
-        if operands is not None and self.ordinal in self.sites:
-            position, branch = self.sites[self.ordinal]
+        site = self.sites.get(self.sums.number(func)) if operands is not None else None
+        if operands is not None and site is not None:
+            position, branch = site
             return self.meet(branch, position, operands(), func, args, kwargs)
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype.is_floating_point:
+            self.rounding = max(self.rounding, torch.finfo(result.dtype).eps)
         self.sums.note(func, args, kwargs, result)
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import blocks
 import numpy as np
@@ -126,60 +127,67 @@ def test_batch_norm_networks_and_lists_of_batches_run() -> None:
     assert {row["additions"] for row in result.rows if row["kind"] == "stream"} == {4, 8}
 
 
-def test_bad_input_is_one_clear_line() -> None:
-    data = samples()
-    cases: list[tuple[str, Callable[[], object]]] = [
-        ("it ignores depth", lambda: coordinate_check(lambda depth: Canonical(3), data, depths=(2, 4), base_depth=1)),
-        ("at least two different", lambda: coordinate_check(Canonical, data, depths=(4,))),
+@pytest.mark.parametrize(
+    "message, act",
+    [
+        (
+            "it ignores depth",
+            lambda data: coordinate_check(lambda depth: Canonical(3), data, depths=(2, 4), base_depth=1),
+        ),
+        ("at least two different", lambda data: coordinate_check(Canonical, data, depths=(4,))),
         (
             "optimizer='lion' is not known",
-            lambda: (
+            lambda data: (
                 check(optimizer="adam", depths=(2, 4))
                 and coordinate_check(Canonical, data, depths=(2, 4), optimizer="lion")
             ),
         ),
         (
             "say which rule holds for it",
-            lambda: coordinate_check(
+            lambda data: coordinate_check(
                 Canonical, data, depths=(2, 4), optimizer=lambda m: torch.optim.SGD(m.parameters())
             ),
         ),
         (
             "the loss is nan in step 1",
-            lambda: coordinate_check(Canonical, (data[0], data[1] * math.nan), depths=(2, 4)),
+            lambda data: coordinate_check(Canonical, (data[0], data[1] * math.nan), depths=(2, 4)),
         ),
         (
             "not finite on the probe",
-            lambda: coordinate_check(
+            lambda data: coordinate_check(
                 Canonical, (data[0] * math.inf, data[1]), depths=(2, 4), prepare=lambda model, base: None
             ),
         ),
-        ("data must be a pair (inputs, targets)", lambda: coordinate_check(Canonical, data[0], depths=(2, 4))),
-        ("the list is empty", lambda: coordinate_check(Canonical, [], depths=(2, 4))),
+        ("data must be a pair (inputs, targets)", lambda data: coordinate_check(Canonical, data[0], depths=(2, 4))),
+        ("the list is empty", lambda data: coordinate_check(Canonical, [], depths=(2, 4))),
         (
             "equally many samples, not [4, 8]",
-            lambda: coordinate_check(Canonical, (data[0], data[1][:4]), depths=(2, 4)),
+            lambda data: coordinate_check(Canonical, (data[0], data[1][:4]), depths=(2, 4)),
         ),
-        ("depths must be positive integers", lambda: check(depths=(2.0, 4))),
-        ("seeds must be how many or which", lambda: check(seeds=0)),
-        ("steps must be a positive integer", lambda: check(steps=0)),
-        ("widths must be positive integers", lambda: check(widths=(0, 4))),
+        ("depths must be positive integers", lambda data: check(depths=(2.0, 4))),
+        ("seeds must be how many or which", lambda data: check(seeds=0)),
+        ("steps must be a positive integer", lambda data: check(steps=0)),
+        ("widths must be positive integers", lambda data: check(widths=(0, 4))),
         (
             "same shapes at width 8 and at width 16: it ignores width",
-            lambda: check(make=lambda depth, width: Canonical(depth), widths=(8, 16)),
+            lambda data: check(make=lambda depth, width: Canonical(depth), widths=(8, 16)),
         ),
-        ("returned int at depth 2", lambda: coordinate_check(lambda depth: depth, data, depths=(2, 4))),
+        ("returned int at depth 2", lambda data: coordinate_check(lambda depth: depth, data, depths=(2, 4))),
         (
             "no residual branches",
-            lambda: coordinate_check(
+            lambda data: coordinate_check(
                 lambda depth: nn.Sequential(*[nn.Linear(16, 16) for _ in range(depth)]), data, depths=(2, 4)
             ),
         ),
-    ]
-    for message, act in cases:
-        with pytest.raises(DepthMuPError) as caught:
-            act()
-        assert message in str(caught.value) and "\n" not in str(caught.value), message
+    ],
+)
+def test_bad_input_is_one_clear_line(message: str, act: Callable[[Any], object]) -> None:
+    with pytest.raises(DepthMuPError) as caught:
+        act(samples())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(PlanError, match="no rule is called"):
         check("depth-mu")
 

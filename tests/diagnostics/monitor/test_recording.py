@@ -461,24 +461,28 @@ def test_a_folded_multiplier_is_in_the_rows() -> None:
     assert folded["blocks.3.fc2.weight"] == pytest.approx(0.5) and folded["blocks.3.fc1.weight"] == 1
 
 
-def test_bad_input_is_one_clear_line() -> None:
-    model, x = blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8)
-    cases: list[tuple[str, Callable[[], object]]] = [
+@pytest.mark.parametrize(
+    "message, act",
+    [
         (
             "matches no weight operation. Did you mean 'blocks.0.fc2.weight'",
-            lambda: FeatureMonitor(model, x, layers="blocks.0.fc9.weight"),
+            lambda model, x: FeatureMonitor(model, x, layers="blocks.0.fc9.weight"),
         ),
-        ("the probe is on meta", lambda: FeatureMonitor(model, x.to("meta"))),
-        ("has no residual branches", lambda: FeatureMonitor(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), x)),
-        ("not finite on the probe", lambda: FeatureMonitor(model, x * math.nan)),
-        ("every must be a positive integer", lambda: FeatureMonitor(model, x, every=0)),
-        ("meta device", lambda: FeatureMonitor(blocks.Stack(2, blocks.PreNorm).to("meta"), x.to("meta"))),
-    ]
-    for message, act in cases:
-        with pytest.raises(dm.DepthMuPError) as caught:
-            act()
-        assert message in str(caught.value) and "\n" not in str(caught.value)
-    monitor = FeatureMonitor(model, x)
+        ("the probe is on meta", lambda model, x: FeatureMonitor(model, x.to("meta"))),
+        ("has no residual branches", lambda _, x: FeatureMonitor(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), x)),
+        ("not finite on the probe", lambda model, x: FeatureMonitor(model, x * math.nan)),
+        ("every must be a positive integer", lambda model, x: FeatureMonitor(model, x, every=0)),
+        ("meta device", lambda model, x: FeatureMonitor(model.to("meta"), x.to("meta"))),
+    ],
+)
+def test_bad_input_is_one_clear_line(message: str, act: Callable[[nn.Module, Tensor], object]) -> None:
+    with pytest.raises(dm.DepthMuPError) as caught:
+        act(blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_closed_monitor_does_not_record() -> None:
+    monitor = FeatureMonitor(blocks.Stack(2, blocks.PreNorm), torch.randn(4, 8))
     monitor.close()
     with pytest.raises(MeasurementError, match="closed"):
         monitor.record(0)

@@ -195,6 +195,17 @@ def test_collapse_and_its_repair() -> None:
 # Results
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_result_prints_as_a_short_table(seeds: int) -> None:
+    result = simulate(Setting(depth=4, steps=2, lr=0.5, block_layers=2), X, Y, width=256, seeds=seeds)
+    lines = str(result).splitlines()
+    first, last = (line.split() for line in (lines[-3], lines[-1]))
+    assert first[0] == "0" and (first[3] == "–") == (seeds == 1) and first[4:] == ["0"] * 4
+    assert float(last[1]) == pytest.approx(float(result.mean("losses")[-1]), rel=5e-3)
+    assert float(last[4]) == pytest.approx(float(result.mean("stream_update")[-1].mean()), rel=5e-3)
+    assert len(lines) < 10 and max(map(len, lines)) <= 80
+
+
 def test_results_are_saved_loaded_framed(tmp_path: Path) -> None:
     result = simulate(Setting(depth=3, steps=2, lr=1.0, rule=dm.Rule("mine", alpha=0.7)), X, Y, width=300)
     result.save(tmp_path / "run.pt")

@@ -32,13 +32,16 @@ def test_seeds_are_counted_or_named(seeds, wanted: list[int]) -> None:
     assert found == wanted and all(type(seed) is int for seed in found)
 
 
-def test_samples_may_be_a_tensor_or_hold_several() -> None:
-    x, y = torch.zeros(4, 2), torch.zeros(4)
-    for inputs in (x, (x, y), {"a": x, "b": [y]}, {"a": x, "scale": torch.tensor(1.0)}):
-        assert checked_samples((inputs, y)) == (inputs, y)
-
-
 X, Y = torch.zeros(4, 2), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [X, (X, Y), {"a": X, "b": [Y]}, {"a": X, "scale": torch.tensor(1.0)}],
+    ids=["tensor", "tuple", "nested", "scalar beside"],
+)
+def test_samples_may_be_a_tensor_or_hold_several(inputs) -> None:
+    assert checked_samples((inputs, Y)) == (inputs, Y)
 
 
 @pytest.mark.parametrize(

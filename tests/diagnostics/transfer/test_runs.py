@@ -11,9 +11,10 @@ from torch_depthmup.diagnostics.transfer.runs import Job, Run, appending
 from torch_depthmup.errors import DepthMuPError
 
 
-def test_runs_survive_json_also_diverged_ones() -> None:
-    for run in (Run(Job("mup", 4, 0.1, 0), 0.3, 1.0), Run(Job("mup", 4, 0.1, 0), math.inf, 1.0)):
-        assert Run.from_json(run.to_json()) == run
+@pytest.mark.parametrize("loss", [0.3, math.inf])
+def test_runs_survive_json_also_diverged_ones(loss: float) -> None:
+    run = Run(Job("mup", 4, 0.1, 0), loss, 1.0)
+    assert Run.from_json(run.to_json()) == run
 
 
 def test_a_file_has_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch_depthmup.rules import get_family
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.tracing.branches import Branch, Pattern, roles
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["COLUMNS", "FeatureMonitor", "NUMBERS"]
 
@@ -172,7 +175,7 @@ class FeatureMonitor:
             write(rows)
         return True
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """All rows as a tidy pandas data frame with the columns `COLUMNS`."""
         return frame(self.rows, COLUMNS)
 

@@ -79,9 +79,7 @@ class TensorBoardWriter:
         quantities: the columns to write.
     """
 
-    def __init__(
-        self, writer: Any, quantities: Iterable[str] = ("size", "update", "own", "gradient_alignment", "gradient")
-    ):
+    def __init__(self, writer: Any, quantities: Iterable[str] = SHOWN):
         self.writer, self.quantities = writer, tuple(quantities)
 
     def __call__(self, rows: Sequence[Row]) -> None:

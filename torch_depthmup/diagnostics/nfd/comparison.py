@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.optim import SGD
 from torch_depthmup.scaling.apply import parametrize
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Comparison", "compare", "measure"]
 
@@ -168,7 +171,7 @@ class Comparison:
         difference, error = self.difference(name)
         return torch.where(difference == 0, 0.0, difference / error)
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """Tidy pandas frame: quantity, step, t, predicted, measured, z. Outputs have t = 1 and are named by sample.
 
         Raises:

@@ -40,9 +40,8 @@ def depth_growth(setting: Setting) -> float:
     rule = get_rule(setting.rule)
     if rule.alpha < 0.5:
         return math.inf
-    slopes = predicted_slopes(rule, get_family("sgd"))
-    own = slopes["outer"] if setting.block_layers == 1 else max(slopes["inner"], slopes["outer"])
-    return max(0.0, 1 - rule.alpha + own)
+    slopes = predicted_slopes(rule, get_family("sgd"), inner_layers=setting.block_layers > 1)
+    return max(0.0, slopes["function"])
 
 
 @dataclass(frozen=True)
