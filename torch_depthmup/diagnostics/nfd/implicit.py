@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
 from torch_depthmup.diagnostics.nfd.patches import Patches, positions
+from torch_depthmup.diagnostics.nfd.spanned import Spanned
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["ImplicitWeight"]
@@ -136,7 +137,7 @@ class ImplicitWeight(Tensor):
         raise DepthMuPError(
             f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
             "can be multiplied with (linear layers, matmul, convolutions over one or two dimensions without groups) "
-            "and trained by SGD with momentum and weight decay"
+            "and trained by SGD with momentum and weight decay, or by Muon"
         )
 
 
@@ -316,6 +317,9 @@ def _like(weight: ImplicitWeight, value: TrainedMatrix) -> ImplicitWeight:
 
 
 def _add(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    if isinstance(weight, ImplicitWeight) and isinstance(other, Spanned) and not weight._transposed:
+        change = other.coordinates.to(weight.dtype)[None]
+        return _like(weight, weight.matrix.plus(TrainedMatrix(weight.matrix.start, 0.0, change), float(alpha)))
     if not (isinstance(weight, ImplicitWeight) and isinstance(other, ImplicitWeight)):
         return NotImplemented
     if weight._transposed != other._transposed or weight.matrix.start is not other.matrix.start:
@@ -341,6 +345,11 @@ def _div(weight: Any, divisor: Any) -> Any:
     return _mul(weight, 1 / float(divisor))
 
 
+def _lerp(weight: Any, other: Any, share: Any) -> Any:
+    kept = _mul(weight, 1 - float(share))
+    return kept if kept is NotImplemented else _add(kept, other, alpha=float(share))
+
+
 def _in_place(made: Callable[..., Any]) -> Callable[..., Any]:
     def act(weight: Any, *args: Any, **kwargs: Any) -> Any:
         result = made(weight, *args, **kwargs) if isinstance(weight, ImplicitWeight) else NotImplemented
@@ -359,7 +368,10 @@ def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any
 
 
 def _to(weight: ImplicitWeight, *args: Any, **kwargs: Any) -> Any:
-    """Where it is already, and of the type it has; it cannot be moved."""
+    """Where it is already, and of the type it has; it cannot be moved. What training made may lose precision."""
+    if kwargs == {"dtype": torch.bfloat16} and not weight.matrix.gain and not weight._cell.kernel:
+        change = weight.matrix.change[0].to(torch.bfloat16)
+        return Spanned.of(tuple(weight.shape), change.T if weight._transposed else change, weight._cell.name)
     kept = (weight.dtype, weight.device, None, False)
     wanted = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype | torch.device)]
     return _view(weight) if all(a in kept for a in wanted) else NotImplemented
@@ -374,8 +386,10 @@ def _any(weight: ImplicitWeight) -> Tensor:
     return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.change.any()))
 
 
-def _norm(weight: ImplicitWeight, order: float = 2, *_: Any, dtype: torch.dtype | None = None) -> Any:
-    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 else NotImplemented
+def _norm(
+    weight: ImplicitWeight, order: float = 2, dim: Any = None, keep: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 and not dim and not keep else NotImplemented
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -399,6 +413,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.sub: _sub,
     aten.mul: _mul,
     aten.div: _div,
+    aten.lerp: _lerp,
+    aten.lerp_: _in_place(_lerp),
     aten.add_: _in_place(_add),
     aten.sub_: _in_place(_sub),
     aten.mul_: _in_place(_mul),

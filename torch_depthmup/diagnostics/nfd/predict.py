@@ -79,8 +79,9 @@ def predict(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         targets: handed to the loss.
         width: of the model. Rows that a matrix is multiplied by in all steps together must be fewer than its columns.
-        optimizer: model -> optimizer: torch's SGD with momentum, nesterov and weight decay as wanted, or `dm.SGD` after
-            `dm.parametrize(model, ...)` in the same function.
+        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon; or `dm.SGD` or `dm.Muon`
+            after `dm.parametrize(model, ...)` in the same function. Adam, AdamW and Adafactor are refused: their steps
+            need each entry of a matrix.
         steps: optimizer steps.
         loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
         probe: inputs on which a `FeatureMonitor` watches each step, for ``monitor.report(prediction=...)`` and
@@ -174,9 +175,18 @@ class _Run:
                 break
             self.optimizer.zero_grad()
             value.backward()
-            self.optimizer.step()
+            self._step()
             advance()
         return values
+
+    def _step(self) -> None:
+        try:
+            self.optimizer.step()
+        except DepthMuPError as error:
+            raise DepthMuPError(
+                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed. SGD (with momentum, "
+                f"nesterov, weight decay) and Muon can, whose steps have low rank: {error}"
+            ) from error
 
     def _make_room(self, watched: Mapping[str, int]) -> None:
         """After the first forward pass: what all steps will ask of each matrix, against its size and the memory.
