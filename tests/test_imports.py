@@ -48,6 +48,7 @@ INSIDE = {
         "choosing",
         "additions",
         "producers",
+        "streams",
         "branches",
         "replay",
         "census",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,6 @@ from torch_depthmup.scaling.readouts import with_readouts
 from torch_depthmup.scaling.streams import match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
-from torch_depthmup.tracing.choosing import is_matched
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -114,24 +112,8 @@ def look(
         )
     if base is None:
         return seen, None
-    _refuse_unmatched(unwrap(base), options)
+    refusals.refuse_unmatched(unwrap(base), options)
     return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
-
-
-def _refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
-    """Refuses patterns that match in the model and not in the base."""
-    for option, patterns in options.items():
-        for pattern in [patterns] if isinstance(patterns, str | type) else patterns or ():
-            if is_matched(base, pattern):
-                continue
-            wider = re.sub(r"\d+", "*", pattern) if isinstance(pattern, str) else pattern
-            advice = "Pass a base that has such modules too"
-            if is_matched(base, wider):
-                advice = f"Write a pattern that holds in both: {option}=[{wider!r}]"
-            raise PlanError(
-                f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
-                f"be counted in different ways. {advice}"
-            )
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
@@ -195,7 +177,7 @@ def make_plan(
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
     entries, hung = scaled_as_originals(entries, hung, copies, found.reached)
-    made = Plan(rule, how, streams, planned, tuple(entries), hung, copies)
+    made = Plan(rule, how, streams, planned, tuple(entries), hung, copies, found.left_alone)
     return resolve(made, seen.model, keep=initialization == "keep")
 
 

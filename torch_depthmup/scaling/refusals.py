@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +15,7 @@ from torch_depthmup.scaling import hooks
 from torch_depthmup.scaling.copies import copied
 from torch_depthmup.scaling.plan import Copy, How, PlannedBranch, Stream
 from torch_depthmup.tracing.branches import Branch, Trace, roles
+from torch_depthmup.tracing.choosing import is_matched
 
 __all__ = [
     "OWN_MODULE",
@@ -22,9 +25,26 @@ __all__ = [
     "refuse_impossible",
     "refuse_nested",
     "refuse_shared",
+    "refuse_unmatched",
     "refuse_unreached",
     "used_elsewhere",
 ]
+
+
+def refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuses patterns that match in the model and not in the base."""
+    for option, patterns in options.items():
+        for pattern in [patterns] if isinstance(patterns, str | type) else patterns or ():
+            if is_matched(base, pattern):
+                continue
+            wider = re.sub(r"\d+", "*", pattern) if isinstance(pattern, str) else pattern
+            advice = "Pass a base that has such modules too"
+            if is_matched(base, wider):
+                advice = f"Write a pattern that holds in both: {option}=[{wider!r}]"
+            raise PlanError(
+                f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
+                f"be counted in different ways. {advice}"
+            )
 
 
 def refuse_shared(trace: Trace) -> None:

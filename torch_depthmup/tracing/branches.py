@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
-from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
+from torch_depthmup.tables import Table, columns, fold_names
+from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions
 from torch_depthmup.tracing.choosing import (
     Pattern,
-    above,
     declared_nodes,
     matching,
     owners_of,
@@ -29,9 +30,22 @@ from torch_depthmup.tracing.graph import Graph, record
 from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
 from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
+from torch_depthmup.tracing.streams import loose_matrices, sides_of, streams_of
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
-__all__ = ["Branch", "Pattern", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
+__all__ = [
+    "Branch",
+    "Found",
+    "LeftAlone",
+    "Pattern",
+    "Site",
+    "left_alone_rows",
+    "Trace",
+    "TracedBranch",
+    "find_branches",
+    "roles",
+    "trace",
+]
 
 
 Side = Literal["inner", "outer"]
@@ -97,6 +111,47 @@ class TracedBranch:
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """Sums that are no residual additions.
+
+    Args:
+        place: the module that was running, with ``*`` for the numbers of blocks; empty for the model itself.
+        count: how many of them there are.
+        reason: why they are left alone.
+    """
+
+    place: str
+    count: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_branches` finds with ``explain=True``. ``print`` gives a table.
+
+    Args:
+        branches: the branches, in forward order.
+        left_alone: all other sums, with the reason for each kind.
+    """
+
+    branches: tuple[Branch, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def __str__(self) -> str:
+        cells: dict[str, tuple[str, ...]] = {b.name: (f"{b.stream}", b.skip, f"{b.levels}") for b in self.branches}
+        branches = columns(("branch", "stream", "skip", "levels"), fold_names(cells))
+        return "\n".join([*branches, "", *columns(*left_alone_rows(self.left_alone))])
+
+
+def left_alone_rows(left_alone: Sequence[LeftAlone]) -> Table:
+    """The sums that are no residual additions, for a table."""
+    rows: list[tuple[str, tuple[str, ...]]] = [
+        (left.place or "the model", (f"{left.count}", left.reason.value)) for left in left_alone
+    ]
+    return ("sums in", "number", "why they are left alone"), rows
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one forward pass shows of a model.
 
@@ -111,6 +166,7 @@ class Trace:
         uses: what the network does with each parameter.
         trunk: the parameters of norms on a residual stream itself, with the stream.
         functions: names of the user's autograd Functions, which may hide sums.
+        left_alone: all other sums, with the reason for each kind.
     """
 
     traced: tuple[TracedBranch, ...] = ()
@@ -121,6 +177,7 @@ class Trace:
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     trunk: Mapping[str, int] = field(default_factory=dict)
     functions: tuple[str, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -137,6 +194,7 @@ def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Side]]:
     return found
 
 
+@overload
 def find_branches(
     model: nn.Module,
     example_inputs: Any,
@@ -144,7 +202,27 @@ def find_branches(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
-) -> tuple[Branch, ...]:
+    explain: Literal[False] = False,
+) -> tuple[Branch, ...]: ...
+@overload
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+    explain: Literal[True],
+) -> Found: ...
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+    explain: bool = False,
+) -> tuple[Branch, ...] | Found:
     """The residual branches of a model, in forward order, read off one forward pass. The model stays as it was.
 
     Args:
@@ -154,9 +232,10 @@ def find_branches(
         exclude: name patterns or module classes; branches of modules that match are left out.
         branches: name patterns or module classes that are declared to be branches: what such a module returns is
             added to a skip, whatever the addition looks like.
+        explain: say of every other sum why it is left alone, too.
 
     Returns:
-        The branches; an empty tuple where the network has none.
+        The branches; an empty tuple where the network has none. With ``explain``, a `Found`.
 
     Raises:
         TracingError: the forward pass fails or hides its graph, a pattern matches nothing, or a declared branch is
@@ -178,7 +257,8 @@ def find_branches(
     >>> [(branch.name, branch.levels, branch.carrier) for branch in branches]
     [('0', 2, ('0.down.weight', '0.down.bias')), ('1', 2, ('1.down.weight', '1.down.bias'))]
     """
-    return trace(model, example_inputs, include=include, exclude=exclude, branches=branches).branches
+    found = trace(model, example_inputs, include=include, exclude=exclude, branches=branches)
+    return Found(found.branches, found.left_alone) if explain else found.branches
 
 
 def trace(
@@ -200,20 +280,32 @@ def trace(
     declared = (declared or set()) | {
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
-    found, doubtful = residual_additions(graph, declared_nodes(graph, declared))
+    found, reasons = residual_additions(graph, declared_nodes(graph, declared))
     _describe(graph, found)
+    all_found = {residual.node for residual in found}
     found = _without_inner_steps(graph, found, _nested_kinds(like))
     _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
-    loose = _loose_matrices(graph, found, excluded or set())
+    loose = loose_matrices(graph, found, excluded or set())
 
     def kept(owners: set[str]) -> bool:
         return (included is None or bool(owners & included)) and not owners & (excluded or set())
 
+    reasons |= dict.fromkeys(all_found - {residual.node for residual in found}, Reason.LONE)
     keep = [i for i, residual in enumerate(found) if kept(owners_of(graph, names[i], residual.node))]
+    reasons |= {found[i].node: Reason.CHOSEN for i in range(len(found)) if i not in keep}
     found, names = [found[i] for i in keep], [names[i] for i in keep]
+    doubtful = [node for node, reason in reasons.items() if reason is Reason.DOUBTFUL]
     refuse_doubtful(graph, [node for node in doubtful if kept(owners_of_sum(graph, node))])
-    return dataclasses.replace(_assemble(graph, found, names), loose=loose)
+    reasons |= dict.fromkeys(doubtful, Reason.CHOSEN)
+    return dataclasses.replace(_assemble(graph, found, names), loose=loose, left_alone=_left_alone(graph, reasons))
+
+
+def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone, ...]:
+    """The sums by their places, with numbers of blocks left out, and by their reasons."""
+    places = (graph.additions[node].modules[-1] if node in graph.additions else "" for node in sorted(reasons))
+    kinds = [(without_numbers(at).replace("#", "*"), reasons[i]) for at, i in zip(places, sorted(reasons), strict=True)]
+    return tuple(LeftAlone(place, count, reason) for (place, reason), count in Counter(kinds).items())
 
 
 def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
@@ -237,25 +329,25 @@ def _nested_kinds(like: Trace | None) -> set[str]:
     return {without_numbers(traced[i].branch.name) for outer in traced for i in outer.nested}
 
 
-def _without_inner_steps(graph: Graph, found: list[ResidualAddition], streams_of: set[str]) -> list[ResidualAddition]:
+def _without_inner_steps(graph: Graph, found: list[ResidualAddition], kinds: set[str]) -> list[ResidualAddition]:
     """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch.
 
-    Those whose kind is in ``streams_of`` are a stream of which one addition is left.
+    Those whose kind is in ``kinds`` are a stream of which one addition is left.
     """
-    streams = _streams(graph, found)
+    streams = streams_of(graph, found)
     return [
         residual
         for residual, stream in zip(found, streams, strict=True)
         if streams.count(stream) > 1
-        or without_numbers(residual.parts.owner) in streams_of
+        or without_numbers(residual.parts.owner) in kinds
         or not any(residual.node in outer.parts.nodes for outer in found)
     ]
 
 
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
-    streams, returned = _streams(graph, found), returned_by(graph)
+    streams, returned = streams_of(graph, found), returned_by(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
-    sides, shared = _sides(graph, found, names, streams)
+    sides, shared = sides_of(graph, found, names, streams)
     traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
@@ -296,94 +388,6 @@ def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
     """Whether the shortcut has weight operations of its own."""
     only = graph.only(residual.skip, residual.branch)
     return residual.projection and any(node.is_weight_operation and only >> i & 1 for i, node in enumerate(graph.nodes))
-
-
-# Streams, sides and names
-
-
-def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
-    """The stream of each addition: that of the additions its skip comes from, else a new one."""
-    stream_of: dict[int, int] = {}
-    nodes = {residual.node for residual in found}
-    streams = []
-    # A branch that contains residual additions holds a stream of its own.
-    holder = {
-        inner.node: min(
-            (o for o in found if inner.node in o.parts.nodes), key=lambda o: len(o.parts.nodes), default=None
-        )
-        for inner in found
-    }
-    for residual in found:
-        only = graph.only(residual.skip, residual.branch) if residual.projection else 0
-        before = [
-            node
-            for node in nearest_additions(graph, residual.skip, nodes, within=only)
-            if node in stream_of and holder[node] is holder[residual.node]
-        ]
-        stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
-        streams.append(stream_of[residual.node])
-    return streams
-
-
-def _sides(
-    graph: Graph, found: list[ResidualAddition], names: list[str], streams: list[int]
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
-    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the tied weights."""
-    users: dict[str, dict[int, int]] = {}
-    inside: set[int] = set()
-    for i, residual in enumerate(found):
-        inside |= residual.parts.nodes
-        for name, side in residual.parts.sides.items():
-            users.setdefault(name, {})[i] = side
-    elsewhere: set[str] = set()
-    for i, node in enumerate(graph.nodes):
-        if node.is_data and i not in inside:
-            elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
-    sides: dict[str, tuple[int, int]] = {}
-    for name, at in users.items():
-        innermost = min(at, key=lambda i: len(found[i].parts.nodes))
-        nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
-        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
-            sides[name] = (innermost, at[innermost])
-    shared = users.keys() - sides.keys()
-    # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
-    # parameter is shared is one matrix at several depths.
-    factors = set().union(*(residual.parts.factors for residual in found))
-    tied = {name for factor in factors if factor <= shared for name in factor}
-    return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
-
-
-def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
-    """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
-
-    Joint attention has queries, keys and values of two streams in the branches of both.
-    """
-    if len(set(at.values())) > 1:
-        return False
-    from_one_place = len({found[i].start for i in at}) == 1
-    depths = {streams.count(streams[i]) for i in at}
-    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
-
-
-def _loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:
-    """Matrices that are used outside all residual branches, chosen by the user or not, and outside their shortcuts."""
-    accounted: set[int] = set().union(*(residual.parts.nodes for residual in found))
-    for residual in found:
-        if residual.projection:
-            accounted |= set(_indices(graph.only(residual.skip, residual.branch)))
-    inside, outside = set[str](), set[str]()
-    for i, node in enumerate(graph.nodes):
-        if node.is_weight_operation:
-            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
-            (inside if i in accounted else outside).update(used)
-    return frozenset(name for name in outside - inside if not excluded & set(above(name)))
-
-
-def _indices(bits: int) -> Iterator[int]:
-    """The positions of the ones in a bit set."""
-    while bits:
-        yield (bits & -bits).bit_length() - 1
-        bits &= bits - 1
 
 
 def _unique(owners: list[str]) -> list[str]:

@@ -329,13 +329,18 @@ def _index(index: Mapping[Edge, int], edge: Edge | None, base: Edge | None) -> i
 
 
 def _stacked(autograd_node: Any) -> Any:
-    """The stack of two tensors that a sum over its new dimension undoes."""
+    """The stack of two tensors that a sum over its new dimension undoes, at most with its dimensions in other order."""
     before = autograd_node.next_functions[0][0]
     dims: tuple[int, ...] = getattr(autograd_node, "_saved_dim", None) or ()
-    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2 or len(dims) != 1:
+    if len(dims) != 1 or autograd_node._saved_keepdim:
         return None
-    ndim = len(autograd_node._input_metadata[0].shape) + (not autograd_node._saved_keepdim)
-    return before if dims[0] % ndim == before._saved_dim % ndim and not autograd_node._saved_keepdim else None
+    ndim = len(autograd_node._input_metadata[0].shape) + 1
+    dim = dims[0] % ndim
+    if type(before).__name__ == "PermuteBackward0":
+        dim, before = before._saved_dims[dim] % ndim, before.next_functions[0][0]
+    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2:
+        return None
+    return before if dim == before._saved_dim % ndim else None
 
 
 def _node(

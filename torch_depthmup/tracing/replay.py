@@ -59,7 +59,7 @@ class Meter(AtAdditions):
         value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
         if value is None:
             return func(*args, **kwargs)
-        if func.__name__.removesuffix("_") in (*FUSED, "sum", "mean"):
+        if func.__name__.removesuffix("_") in (*FUSED, "sum", "mean", "einsum"):
             result = operands[1 - position] + value
             if not func.__name__.endswith("_"):
                 return result
