@@ -143,7 +143,7 @@ def main() -> None:
     print(
         f"peak memory: network {held:.2f} GB, prediction {needed:.2f} GB, ratio {held / needed:.1f}; it grows like the "
         f"width, the network's like its square: 20 at width {20 * needed / held * width:.0f}; "
-        f"24 GB hold a prediction of width {24 / needed * width:.0f}",
+        f"24 GB hold a prediction of {blocks} blocks of width {24 / needed * width:.0f}",
         flush=True,
     )
     times = {w: seconds(prediction(w, blocks, steps)) for w in (width, 2 * width, 4 * width)}
