@@ -137,7 +137,10 @@ class _WritingNotice:
 
     def after(self, optimizer: Optimizer, args: Any, options: Any) -> None:
         """How the step leaves the weight."""
-        if not torch.compiler.is_compiling():
+        # DeepSpeed's ZeRO and apex put other tensors into the groups, and write to the weights after the step.
+        stepped = any(p is self.weight for group in optimizer.param_groups for p in group["params"])
+        self.left = None
+        if stepped and not torch.compiler.is_compiling():
             self.left = self.weight._version, self.weight.data_ptr(), self.weight.detach().clone()
 
 
