@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from torch_depthmup.errors import PlanError
+from torch_depthmup.errors import PlanError, TracingError
 from torch_depthmup.rules import Role, Rule, Width, get_rule
 from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
@@ -110,7 +110,23 @@ def look(
     if base is None:
         return seen, None
     refusals.refuse_unmatched(unwrap(base), options)
-    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
+    return seen, _seen_beside(seen, unwrap(base), inputs, {**options, "like": seen.found})
+
+
+def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
+    """The base, in which what is a branch in the model is one too: of a single layer it may not show."""
+    found = _seen(base, inputs, options)
+    there = {branch.name for branch in found.found.branches}
+    modules = {name for name, _ in base.named_modules()} - {""}
+    missing = [branch.name for branch in seen.found.branches if branch.name in modules - there]
+    if not missing:
+        return found
+    chosen = options["branches"] or ()
+    declared = [chosen] if isinstance(chosen, str | type) else [*chosen]
+    try:
+        return _seen(base, inputs, {**options, "branches": [*declared, *missing]})
+    except TracingError:
+        return found
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:

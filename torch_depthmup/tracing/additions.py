@@ -7,7 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
@@ -294,7 +294,7 @@ def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
 
 def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
     """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
-    collected = {r.node for r in residuals if not graph.reaches(r.branch, r.skip)}
+    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in linear_way(graph, r.skip))}
     while True:
         before = len(collected)
         for residual in residuals:
@@ -305,12 +305,21 @@ def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]
         if len(collected) == before:
             break
     rest = [r.node for r in residuals if r.node not in collected]
+    reading = [r for r in residuals if r.node in collected and _holds(graph.only(r.branch, r.start), rest)]
     # Else it is a last block, whose projected skip comes from where its branches do.
-    reads_layers = any(
-        graph.only(r.branch, r.start) >> node & 1 for r in residuals if r.node in collected for node in rest
+    one_by_one = any(
+        _holds(graph.only(r.branch, r.skip), rest) and nearest_additions(graph, r.skip, collected) for r in reading
     )
-    goes_beside = any(not any(graph.reaches(end, node) for end in collected) for node in rest)
-    return collected if reads_layers and goes_beside else set()
+    apart = any(
+        not _holds(graph.nodes[end].ancestors, collected) and _holds(graph.nodes[end].ancestors, rest)
+        for end in graph.outputs
+    )
+    return collected if reading and (one_by_one or apart) else set()
+
+
+def _holds(bits: int, nodes: Iterable[int]) -> bool:
+    """Whether a bit set has any of these nodes."""
+    return any(bits >> node & 1 for node in nodes)
 
 
 def nested_in(graph: Graph, outer: ResidualAddition, residuals: Sequence[ResidualAddition]) -> set[int]:

@@ -271,7 +271,8 @@ def trace(
 ) -> Trace:
     """`find_branches` with what carrying a plan out needs besides; same arguments, same errors.
 
-    A stream inside a branch that ``like`` has is one here too, even if it has a single addition.
+    A stream inside a branch that ``like`` has is one here too, even if it has a single addition, and weights that are
+    outside of its branches are outside here.
     """
     model = unwrap(model)
     included, excluded, declared = (matching(model, patterns) for patterns in (include, exclude, branches))
@@ -280,10 +281,11 @@ def trace(
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
     found, reasons = residual_additions(graph, declared_nodes(graph, declared))
-    _describe(graph, found)
+    outside = _outside(graph, like)
+    _describe(graph, found, outside)
     all_found = {residual.node for residual in found}
     found = _without_inner_steps(graph, found, _nested_kinds(like))
-    _describe(graph, found)
+    _describe(graph, found, outside)
     names = _unique([residual.parts.owner for residual in found])
     loose = loose_matrices(graph, found, excluded or set())
 
@@ -307,7 +309,18 @@ def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone,
     return tuple(LeftAlone(place, count, reason) for (place, reason), count in Counter(kinds).items())
 
 
-def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
+def _outside(graph: Graph, like: Trace | None) -> set[int]:
+    """The nodes of weights that are outside of all branches in ``like``: with one layer only they look like a part."""
+    names = frozenset() if like is None else like.reached - {name for traced in like.traced for name in traced.sides}
+
+    def is_outside(i: int) -> bool:
+        weights = graph.weight_inputs(i)
+        return graph.nodes[i].is_weight_operation and all(graph.nodes[j].weights <= names for j in weights)
+
+    return {i for i in range(len(graph.nodes)) if names and is_outside(i)}
+
+
+def _describe(graph: Graph, found: list[ResidualAddition], outside: set[int]) -> None:
     for residual in found:
         nested = nested_in(graph, residual, found)
         others = [other for other in found if other is not residual and other.node not in nested]
@@ -317,7 +330,8 @@ def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
             start=residual.start,
             projection=residual.projection,
             fed=residual.fed,
-            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch},
+            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch}
+            | outside,
         )
         residual.parts = describe(graph, bounds)
 
