@@ -117,8 +117,9 @@ def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str,
     """The base, in which what is a branch in the model is one too: of a single layer it may not show."""
     found = _seen(base, inputs, options)
     there = {branch.name for branch in found.found.branches}
-    modules = {name for name, _ in base.named_modules()} - {""}
-    missing = [branch.name for branch in seen.found.branches if branch.name in modules - there]
+    modules = dict(base.named_modules())
+    missing = [_called(b.name, modules) for b in seen.found.branches if b.name in modules and b.name not in there]
+    missing = [name for name in missing if name]
     if not missing:
         return found
     chosen = options["branches"] or ()
@@ -127,6 +128,13 @@ def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str,
         return _seen(base, inputs, {**options, "branches": [*declared, *missing]})
     except TracingError:
         return found
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The innermost module at or above a name that is called: a list of modules is not."""
+    while isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:

@@ -17,7 +17,7 @@ from torch import nn
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
 from torch_depthmup.tables import Table, columns, fold_names
-from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions
+from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions, trunk_of
 from torch_depthmup.tracing.choosing import (
     Pattern,
     declared_nodes,
@@ -321,6 +321,8 @@ def _outside(graph: Graph, like: Trace | None) -> set[int]:
 
 
 def _describe(graph: Graph, found: list[ResidualAddition], outside: set[int]) -> None:
+    nodes = {residual.node for residual in found}
+    trunks = {r.node: _trunk(graph, r, nodes) for r in found}
     for residual in found:
         nested = nested_in(graph, residual, found)
         others = [other for other in found if other is not residual and other.node not in nested]
@@ -330,10 +332,24 @@ def _describe(graph: Graph, found: list[ResidualAddition], outside: set[int]) ->
             start=residual.start,
             projection=residual.projection,
             fed=residual.fed,
-            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch}
-            | outside,
+            others=frozenset().union(*(trunks[other.node] for other in others)) - {residual.branch} | outside,
         )
         residual.parts = describe(graph, bounds)
+
+
+def _trunk(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> set[int]:
+    """An addition, its skip, and what lies between it and its neighbours, such as a norm that several things read."""
+    way = trunk_of(graph, residual.skip, nodes)
+    before = [i for i in way if i in nodes]
+    after = [residual.node]
+    while len(following := graph.consumers[after[-1]]) == 1:
+        (i,) = following
+        if graph.nodes[i].is_weight_operation or len(graph.data_inputs(i)) != 1:
+            break
+        after.append(i)
+    while len(graph.consumers[after[-1]]) < 2 and len(after) > 1:
+        after.pop()
+    return {residual.node, residual.skip, *after, *(i for i in way if any(graph.reaches(i, j) for j in before))}
 
 
 def _nested_kinds(like: Trace | None) -> set[str]:
