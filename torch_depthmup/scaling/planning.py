@@ -23,7 +23,7 @@ from torch_depthmup.scaling.initialization import (
 )
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Hook, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
-from torch_depthmup.scaling.streams import match_streams, streams_at
+from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
 
@@ -116,6 +116,8 @@ def look(
 def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
     """The base, in which what is a branch in the model is one too: of a single layer it may not show."""
     found = _seen(base, inputs, options)
+    if are_alike(seen.found, found.found):
+        return found
     there = {branch.name for branch in found.found.branches}
     modules = dict(base.named_modules())
     missing = [_called(b.name, modules) for b in seen.found.branches if b.name in modules and b.name not in there]
@@ -125,9 +127,10 @@ def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str,
     chosen = options["branches"] or ()
     declared = [chosen] if isinstance(chosen, str | type) else [*chosen]
     try:
-        return _seen(base, inputs, {**options, "branches": [*declared, *missing]})
+        again = _seen(base, inputs, {**options, "branches": [*declared, *missing]})
     except TracingError:
         return found
+    return again if are_alike(seen.found, again.found) else found
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> str:

@@ -311,7 +311,9 @@ def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone,
 
 def _outside(graph: Graph, like: Trace | None) -> set[int]:
     """The nodes of weights that are outside of all branches in ``like``: with one layer only they look like a part."""
-    names = frozenset() if like is None else like.reached - {name for traced in like.traced for name in traced.sides}
+    inside = set() if like is None else {name for traced in like.traced for name in traced.sides}
+    # Of numbered weights the same name may mean another layer in a network of another depth.
+    names = {n for n in (like.reached if like else ()) if n not in inside and n == without_numbers(n)}
 
     def is_outside(i: int) -> bool:
         weights = graph.weight_inputs(i)
