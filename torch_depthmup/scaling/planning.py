@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from torch_depthmup.errors import PlanError
+from torch_depthmup.errors import PlanError, TracingError
 from torch_depthmup.rules import Role, Rule, Width, get_rule
 from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
@@ -25,7 +25,7 @@ from torch_depthmup.scaling.initialization import (
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.readouts import with_readouts
-from torch_depthmup.scaling.streams import match_streams, streams_at
+from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
 
@@ -113,7 +113,34 @@ def look(
     if base is None:
         return seen, None
     refusals.refuse_unmatched(unwrap(base), options)
-    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
+    return seen, _seen_beside(seen, unwrap(base), inputs, {**options, "like": seen.found})
+
+
+def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
+    """The base, in which what is a branch in the model is one too: of a single layer it may not show."""
+    found = _seen(base, inputs, options)
+    if are_alike(seen.found, found.found):
+        return found
+    there = {branch.name for branch in found.found.branches}
+    modules = dict(base.named_modules())
+    missing = [_called(b.name, modules) for b in seen.found.branches if b.name in modules and b.name not in there]
+    missing = [name for name in missing if name]
+    if not missing:
+        return found
+    chosen = options["branches"] or ()
+    declared = [chosen] if isinstance(chosen, str | type) else [*chosen]
+    try:
+        again = _seen(base, inputs, {**options, "branches": [*declared, *missing]})
+    except TracingError:
+        return found
+    return again if are_alike(seen.found, again.found) else found
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The innermost module at or above a name that is called: a list of modules is not."""
+    while isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:

@@ -10,7 +10,7 @@ from torch_depthmup.running import without_numbers
 from torch_depthmup.scaling.plan import Stream
 from torch_depthmup.tracing.branches import Branch, Trace
 
-__all__ = ["match_streams", "streams_at"]
+__all__ = ["are_alike", "match_streams", "streams_at"]
 
 Kinds = set[tuple[str, int]]
 
@@ -65,6 +65,14 @@ def match_streams(found: Trace, base: Trace) -> tuple[Stream, ...]:
             )
         streams.append(Stream(additions, additions / base_additions))
     return tuple(streams)
+
+
+def are_alike(found: Trace, base: Trace) -> bool:
+    """Whether the base has the same streams and kinds of branches."""
+    try:
+        return bool(match_streams(found, base))
+    except PlanError:
+        return False
 
 
 def _counterparts(found: Trace, base: Trace, ours: list[Kinds], theirs: list[Kinds]) -> list[int]:

@@ -7,7 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
@@ -16,7 +16,7 @@ from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
 
-__all__ = ["Reason", "ResidualAddition", "nearest_additions", "nested_in", "residual_additions"]
+__all__ = ["Reason", "ResidualAddition", "nearest_additions", "nested_in", "residual_additions", "trunk_of"]
 
 
 class Reason(enum.Enum):
@@ -46,6 +46,7 @@ class ResidualAddition:
     Args:
         projection: the skip has weights, or the branch is not computed from the skip.
         fed: the branch is not computed from its own stream, but from another one.
+        declared: the user says so.
         provisional: the skip has no weights, but is not linear: it counts if later additions go on from it.
     """
 
@@ -56,6 +57,7 @@ class ResidualAddition:
     projection: bool = False
     fed: bool = False
     provisional: bool = False
+    declared: bool = False
     parts: Parts = field(default_factory=Parts)
 
 
@@ -82,7 +84,7 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
             f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
             "anything. Name the module whose output is an operand of the addition"
         )
-    accepted = _accept(graph, candidates, set(declared), reasons)
+    accepted = _accept(graph, candidates, reasons)
     for i in [i for i, reason in reasons.items() if reason is Reason.DOUBTFUL]:
         if any((i != r.start and _is_inside(graph, i, r)) or _is_beside(graph, i, r.node) for r in accepted):
             reasons[i] = Reason.BESIDE
@@ -253,7 +255,7 @@ def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> R
 
 
 def _accept(
-    graph: Graph, candidates: dict[int, ResidualAddition], declared: set[int], reasons: dict[int, Reason]
+    graph: Graph, candidates: dict[int, ResidualAddition], reasons: dict[int, Reason]
 ) -> list[ResidualAddition]:
     """Candidates, outermost first, less those that only look residual, whose reasons are noted.
 
@@ -268,33 +270,40 @@ def _accept(
         candidate = candidates[node]
         outside = [outer for outer in accepted if outer.start < node and not outer.projection]
         around = [outer for outer in outside if _is_inside(graph, node, outer)]
-        if any(not graph.reaches(candidate.start, outer.start) and node not in linked for outer in around):
+        if candidate.declared:
+            accepted.append(candidate)
+        elif any(not graph.reaches(candidate.start, outer.start) and node not in linked for outer in around):
             reasons[node] = Reason.FROM_OUTSIDE
         elif any(candidate.projection and not candidate.fed and _ends_in(graph, outer, node) for outer in around):
             reasons[node] = Reason.PARALLEL
         else:
             accepted.append(candidate)
     skips = {residual.node: residual.skip for residual in accepted}
-    long = {r.node for r in accepted if r.branch not in declared and _is_long_skip(graph, r, skips, linked)}
+    long = {r.node for r in accepted if not r.declared and _is_long_skip(graph, r, skips, linked)}
     kept = [r for r in accepted if r.node not in long]
     collecting = _collecting(graph, kept)
-    kept = [r for r in kept if r.branch in declared or r.node not in collecting]
+    kept = [r for r in kept if r.declared or r.node not in collecting]
     reasons |= dict.fromkeys(long, Reason.LONG_SKIP) | dict.fromkeys(collecting - long, Reason.COLLECTS)
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
 
 
 def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
-    """The candidates whose skip comes from another one, or from which another one's skip comes."""
+    """The candidates whose skip comes from another one, or from which another one's skip comes.
+
+    Where an early value is added to a stream, the stream is what looks like the branch.
+    """
     linked: set[int] = set()
     for node, candidate in candidates.items():
-        before = nearest_additions(graph, candidate.skip, set(candidates))
+        before = [
+            i for end in (candidate.skip, candidate.branch) for i in nearest_additions(graph, end, set(candidates))
+        ]
         linked.update(before, [node] if before else [])
     return linked
 
 
 def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
     """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
-    collected = {r.node for r in residuals if not graph.reaches(r.branch, r.skip)}
+    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in linear_way(graph, r.skip))}
     while True:
         before = len(collected)
         for residual in residuals:
@@ -305,12 +314,21 @@ def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]
         if len(collected) == before:
             break
     rest = [r.node for r in residuals if r.node not in collected]
+    reading = [r for r in residuals if r.node in collected and _holds(graph.only(r.branch, r.start), rest)]
     # Else it is a last block, whose projected skip comes from where its branches do.
-    reads_layers = any(
-        graph.only(r.branch, r.start) >> node & 1 for r in residuals if r.node in collected for node in rest
+    one_by_one = any(
+        _holds(graph.only(r.branch, r.skip), rest) and nearest_additions(graph, r.skip, collected) for r in reading
     )
-    goes_beside = any(not any(graph.reaches(end, node) for end in collected) for node in rest)
-    return collected if reads_layers and goes_beside else set()
+    apart = any(
+        not _holds(graph.nodes[end].ancestors, collected) and _holds(graph.nodes[end].ancestors, rest)
+        for end in graph.outputs
+    )
+    return collected if reading and (one_by_one or apart) else set()
+
+
+def _holds(bits: int, nodes: Iterable[int]) -> bool:
+    """Whether a bit set has any of these nodes."""
+    return any(bits >> node & 1 for node in nodes)
 
 
 def nested_in(graph: Graph, outer: ResidualAddition, residuals: Sequence[ResidualAddition]) -> set[int]:
@@ -369,12 +387,16 @@ def _begins_inside(graph: Graph, node: int, start: int, skips: Mapping[int, int]
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
     """The residual additions that a value comes from by other than weight operations (these only where ``within``)."""
+    return [i for i in trunk_of(graph, node, nodes, stop=stop, within=within) if i in nodes]
+
+
+def trunk_of(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
+    """What a value comes from by other than weight operations, up to residual additions and with these."""
     pending, seen, found = [node], {node}, []
     while pending:
         i = pending.pop()
-        if i in nodes:
-            found.append(i)
-        elif i != stop and (not graph.nodes[i].is_weight_operation or within >> i & 1):
+        found.append(i)
+        if i not in nodes and i != stop and (not graph.nodes[i].is_weight_operation or within >> i & 1):
             fresh = [j for j in graph.data_inputs(i) if j not in seen]
             seen.update(fresh)
             pending.extend(fresh)
@@ -398,5 +420,8 @@ def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, s
             )
         if i in waiting:
             del waiting[i]
-            return ResidualAddition(node, branch, skip, skip, projection=not graph.reaches(branch, skip))
+            start = next((step for step in linear_way(graph, skip) if graph.reaches(branch, step)), None)
+            return ResidualAddition(
+                node, branch, skip, skip if start is None else start, projection=start is None, declared=True
+            )
     return None

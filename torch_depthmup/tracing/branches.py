@@ -17,7 +17,7 @@ from torch import nn
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
 from torch_depthmup.tables import Table, columns, fold_names
-from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions
+from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions, trunk_of
 from torch_depthmup.tracing.choosing import (
     Pattern,
     declared_nodes,
@@ -272,7 +272,8 @@ def trace(
 ) -> Trace:
     """`find_branches` with what carrying a plan out needs besides; same arguments, same errors.
 
-    A stream inside a branch that ``like`` has is one here too, even if it has a single addition.
+    A stream inside a branch that ``like`` has is one here too, even if it has a single addition, and weights that are
+    outside of its branches are outside here.
     """
     model = unwrap(model)
     included, excluded, declared = (matching(model, patterns) for patterns in (include, exclude, branches))
@@ -281,10 +282,11 @@ def trace(
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
     found, reasons = residual_additions(graph, declared_nodes(graph, declared))
-    _describe(graph, found)
+    outside = _outside(graph, like)
+    _describe(graph, found, outside)
     all_found = {residual.node for residual in found}
     found = _without_inner_steps(graph, found, _nested_kinds(like))
-    _describe(graph, found)
+    _describe(graph, found, outside)
     names = _unique([residual.parts.owner for residual in found])
     loose = loose_matrices(graph, found, excluded or set())
 
@@ -308,7 +310,22 @@ def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone,
     return tuple(LeftAlone(place, count, reason) for (place, reason), count in Counter(kinds).items())
 
 
-def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
+def _outside(graph: Graph, like: Trace | None) -> set[int]:
+    """The nodes of weights that are outside of all branches in ``like``: with one layer only they look like a part."""
+    inside = set() if like is None else {name for traced in like.traced for name in traced.sides}
+    # Of numbered weights the same name may mean another layer in a network of another depth.
+    names = {n for n in (like.reached if like else ()) if n not in inside and n == without_numbers(n)}
+
+    def is_outside(i: int) -> bool:
+        weights = graph.weight_inputs(i)
+        return graph.nodes[i].is_weight_operation and all(graph.nodes[j].weights <= names for j in weights)
+
+    return {i for i in range(len(graph.nodes)) if names and is_outside(i)}
+
+
+def _describe(graph: Graph, found: list[ResidualAddition], outside: set[int]) -> None:
+    nodes = {residual.node for residual in found}
+    trunks = {r.node: _trunk(graph, r, nodes) for r in found}
     for residual in found:
         nested = nested_in(graph, residual, found)
         others = [other for other in found if other is not residual and other.node not in nested]
@@ -318,9 +335,24 @@ def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
             start=residual.start,
             projection=residual.projection,
             fed=residual.fed,
-            others=frozenset(node for other in others for node in (other.node, other.skip)) - {residual.branch},
+            others=frozenset().union(*(trunks[other.node] for other in others)) - {residual.branch} | outside,
         )
         residual.parts = describe(graph, bounds)
+
+
+def _trunk(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> set[int]:
+    """An addition, its skip, and what lies between it and its neighbours, such as a norm that several things read."""
+    way = trunk_of(graph, residual.skip, nodes)
+    before = [i for i in way if i in nodes]
+    after = [residual.node]
+    while len(following := graph.consumers[after[-1]]) == 1:
+        (i,) = following
+        if graph.nodes[i].is_weight_operation or len(graph.data_inputs(i)) != 1:
+            break
+        after.append(i)
+    while len(graph.consumers[after[-1]]) < 2 and len(after) > 1:
+        after.pop()
+    return {residual.node, residual.skip, *after, *(i for i in way if any(graph.reaches(i, j) for j in before))}
 
 
 def _nested_kinds(like: Trace | None) -> set[str]:

@@ -32,9 +32,10 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
     parts = _parts(trace, layers)
     outside = _counted(trace.loose, layers)
     there = {} if base is None else _counted(base.loose, _layer_numbers(base.branches))
+    grown = _grown(trace, base, layers)
     repeated = {len(members) for members in parts.values() if len(members) >= MANY}
     for kind, names in outside.items():
-        if base is not None and len(names) > len(there.get(kind, ())):
+        if base is not None and kind in grown and len(names) > len(there.get(kind, ())):
             _refuse(
                 trace, names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base"
             )
@@ -43,6 +44,14 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
             _refuse(trace, names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
         if base is None and any(len(names) % count == 0 for count in repeated):
             _refuse(trace, names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
+
+
+def _grown(trace: Trace, base: Trace | None, layers: frozenset[str]) -> set[str]:
+    """The kinds of which the model has more than its base, inside of branches or not."""
+    if base is None:
+        return set()
+    theirs = _counted(base.reached, _layer_numbers(base.branches))
+    return {kind for kind, names in _counted(trace.reached, layers).items() if len(names) > len(theirs.get(kind, ()))}
 
 
 def check_parts(trace: Trace) -> None:
