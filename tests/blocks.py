@@ -230,6 +230,7 @@ class Picture(nn.Module):
     def __init__(self, depth: int, width: int):
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 10, 1)
+        nn.init.normal_(self.head.weight, std=0.02)  # what it reads out at the start vanishes as 1 / sqrt(width)
         self.blocks = nn.ModuleList([self.Block(width) for _ in range(depth)])
         self.norm = nn.BatchNorm2d(width)
 
