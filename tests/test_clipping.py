@@ -78,6 +78,66 @@ def test_gradients_that_do_not_change_are_not_taken_for_clipped_ones() -> None:
         optimizer.step()  # warnings are errors
 
 
+def _one_call(params, bound: float, step: int) -> None:
+    nn.utils.clip_grad_norm_(params, bound)
+
+
+def _by_hand(params, bound: float, step: int) -> None:
+    norm = torch.stack([p.grad.norm() for p in params]).norm()
+    for p in params:
+        p.grad.mul_(min(1.0, bound / float(norm)))
+
+
+def _layer_by_layer(params, bound: float, step: int) -> None:
+    for p in params:
+        nn.utils.clip_grad_norm_(p, bound / 10)
+
+
+def _entries(params, bound: float, step: int) -> None:
+    for p in params:
+        p.grad.clamp_(-bound / 100, bound / 100)
+
+
+def _now_and_then(params, bound: float, step: int) -> None:
+    for p in params:
+        p.grad.mul_(10.0 if step % 3 == 0 else bound / 100)
+    nn.utils.clip_grad_norm_(params, bound)
+
+
+def _after_the_first_steps(params, bound: float, step: int) -> None:
+    if step > 12:
+        nn.utils.clip_grad_norm_(params, bound)
+
+
+SPELLED = [_one_call, _by_hand, _layer_by_layer, _entries, _now_and_then, _after_the_first_steps]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("clip", SPELLED)
+def test_clipping_is_noticed_however_it_is_written_and_over_several_optimizers(clip, split: bool) -> None:
+    net = parametrized()
+    parts = (net.blocks, nn.ModuleList([net.stem, net.head])) if split else (net,)
+    optimizers = [dm.AdamW(part.parameters(), lr=1e-3) for part in parts]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(20):
+            backward(net)
+            clip(list(net.parameters()), 1e-3, step)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert caught and all("something clips them" in str(w.message) for w in caught)
+
+
+def test_weights_that_are_all_folded_may_be_clipped_by_ours() -> None:
+    net = parametrized()
+    carriers = [parameter for block in net.blocks for parameter in block.fc2.parameters()]
+    optimizer = dm.SGD(carriers, lr=1e-3)
+    for _ in range(5):
+        backward(net)
+        dm.clip_grad_norm_(carriers, 1e-3)
+        optimizer.step()  # warnings are errors
+
+
 def norm_of_shards(rank: int, store: str, wanted: float, gradient: torch.Tensor) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     net = parametrized("fold", torch.float64)

@@ -132,17 +132,19 @@ def test_a_step_that_follows_the_weights_size_is_refused_under_fold_and_works_un
     step(net, dm.optimizer(Trust, family=family)(net))
 
 
-def test_a_family_that_is_not_that_of_the_steps_is_refused(model: Stack) -> None:
-    for cls, family, message in (
+@pytest.mark.parametrize(
+    ("cls", "family", "message"),
+    [
         (torch.optim.SGD, "adam", "not of the family 'adam'"),
         (torch.optim.AdamW, "sgd", "not of the family 'sgd'"),
         (torch.optim.AdamW, "adam", "decoupled from the gradient"),
         (torch.optim.Adam, "adamw", "a penalty in the gradient"),
-    ):
-        with pytest.raises(OptimizerError, match=message):
-            dm.optimizer(cls, family=family)(model, lr=0.1)
-    with pytest.raises(OptimizerError, match="no optimizer family is called 'lion'"):
-        dm.optimizer(torch.optim.SGD, family="lion")
+        (torch.optim.SGD, "lion", "no optimizer family is called 'lion'"),
+    ],
+)
+def test_a_family_that_is_not_that_of_the_steps_is_refused(model: Stack, cls, family: str, message: str) -> None:
+    with pytest.raises(OptimizerError, match=message):
+        dm.optimizer(cls, family=family)(model, lr=0.1)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.ASGD, torch.optim.Rprop])

@@ -41,8 +41,19 @@ ROOMS = (
 """A room may import what stands before it. ``""`` is the package's face, ``torch_depthmup/__init__.py``."""
 
 INSIDE = {
-    "tracing": ("operations", "graph", "parameters", "additions", "branches", "replay", "census"),
-    "scaling": ("plan", "verify", "registry", "hooks", "initialization", "planning", "apply"),
+    "tracing": (
+        "operations",
+        "graph",
+        "parameters",
+        "choosing",
+        "additions",
+        "producers",
+        "streams",
+        "branches",
+        "replay",
+        "census",
+    ),
+    "scaling": ("plan", "verify", "registry", "hooks", "refusals", "initialization", "planning", "measuring", "apply"),
     "diagnostics.monitor": ("probe", "report", "recording", "figures"),
     "diagnostics.coordinates": ("slopes", "mistakes", "check", "figures"),
     "diagnostics.transfer": ("runs", "optimum", "result", "figures"),

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import pydoc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,21 +18,27 @@ from torch.optim import lr_scheduler
 import torch_depthmup as dm
 from torch_depthmup.errors import OptimizerError
 
+PARAMS = {
+    "the model": lambda model: model,
+    "a list": lambda model: list(model.parameters()),
+    "pairs": lambda model: model.named_parameters(),
+    "groups": lambda model: [{"params": model.parameters()}],
+    "another order": lambda model: list(model.parameters())[::-1],
+}
 
-def test_every_way_to_pass_parameters_gives_the_same_rates(model: Stack) -> None:
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_every_way_to_pass_parameters_gives_the_same_rates(model: Stack, params: str) -> None:
     wanted = rates(dm.AdamW(model.parameters(), lr=0.1), model)
     assert wanted["blocks.3.fc1.weight"] == 0.1 and wanted["blocks.3.fc2.weight"] == 0.025
-    for params in (model, list(model.parameters()), model.named_parameters(), [{"params": model.parameters()}]):
-        assert rates(dm.AdamW(params, 0.1), model) == wanted
-    reversed_order = rates(dm.AdamW(list(model.parameters())[::-1], lr=0.1), model)
-    assert reversed_order == wanted
+    assert rates(dm.AdamW(PARAMS[params](model), 0.1), model) == wanted
 
 
-def test_the_result_is_torchs_own_class_with_few_groups(model: Stack) -> None:
-    for make, cls in ((dm.SGD, torch.optim.SGD), (dm.Adam, torch.optim.Adam), (dm.AdamW, torch.optim.AdamW)):
-        optimizer = make(model.parameters(), lr=0.1)
-        assert type(optimizer) is cls and len(optimizer.param_groups) <= 3
-        step(model, optimizer)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_result_is_torchs_own_class_with_few_groups(model: Stack, name: str) -> None:
+    optimizer = getattr(dm, name)(model.parameters(), lr=0.1)
+    assert type(optimizer) is getattr(torch.optim, name) and len(optimizer.param_groups) <= 3
+    step(model, optimizer)
 
 
 def test_decoupled_decay_of_adam_is_adamws(model: Stack) -> None:
@@ -78,13 +85,19 @@ def test_muon_takes_matrices_and_names_what_is_none(model: Stack) -> None:
     assert rates(optimizer, model)["blocks.0.fc2.weight"] == 0.025
 
 
-def test_copies_of_the_model_train_with_the_plan_too(model: Stack) -> None:
-    wanted = rates(dm.AdamW(model, lr=0.1), model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(copy.deepcopy(model))):
-        inner = getattr(other, "_orig_mod", other)
-        assert rates(dm.AdamW(other.parameters(), lr=0.1), inner) == wanted
-    parent = nn.Sequential(copy.deepcopy(model))
-    assert set(rates(dm.AdamW(parent, lr=0.1), parent).values()) == set(wanted.values())
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "torch.compile": lambda model: torch.compile(copy.deepcopy(model)),
+    "inside a parent": lambda model: nn.Sequential(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_of_the_model_train_with_the_plan_too(model: Stack, way: str) -> None:
+    wanted, other = rates(dm.AdamW(model, lr=0.1), model), COPIES[way](model)
+    found = rates(dm.AdamW(other.parameters(), lr=0.1), other)
+    assert {name.removeprefix("_orig_mod.").removeprefix("0."): rate for name, rate in found.items()} == wanted
 
 
 def test_copies_scale_what_is_added_and_watch_the_rates(model: Stack) -> None:
@@ -102,11 +115,17 @@ def test_copies_scale_what_is_added_and_watch_the_rates(model: Stack) -> None:
         step(net, copied)
 
 
-def test_optimizers_copy_pickle_and_reload(model: Stack) -> None:
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_optimizers_copy_and_pickle(model: Stack, way: str) -> None:
     optimizer = dm.AdamW(model, lr=0.1)
     step(model, optimizer)
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in optimizer.param_groups]
+    other = COPIES[way](optimizer)
+    assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in optimizer.param_groups]
+
+
+def test_optimizers_reload(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=0.1)
+    step(model, optimizer)
     fresh = dm.AdamW(model, lr=0.5)
     fresh.load_state_dict(optimizer.state_dict())
     assert rates(fresh, model) == rates(optimizer, model)
@@ -123,18 +142,34 @@ def test_rescale_gives_the_groups_of_the_constructor_and_keeps_state(model: Stac
     step(model, optimizer)
 
 
-def test_rescale_refuses_what_it_cannot_do_and_changes_nothing(model: Stack) -> None:
-    with pytest.raises(OptimizerError, match="scaled already"):
-        dm.rescale(dm.AdamW(model), model)
-    scheduled = torch.optim.AdamW(model.parameters())
-    lr_scheduler.StepLR(scheduled, 2)
-    with pytest.raises(OptimizerError, match="scheduler"):
-        dm.rescale(scheduled, model)
-    for other in (nn.Linear(2, 2), copy.deepcopy(model)):  # without a plan, and with one that is not this model's
-        foreign = torch.optim.AdamW([*model.parameters(), *other.parameters()])
-        with pytest.raises(OptimizerError, match="are not parameters of this parametrized model"):
-            dm.rescale(foreign, model)
-        assert len(foreign.param_groups) == 1 and "lr_multiplier" not in foreign.param_groups[0]
+def _scheduled(model: Stack) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters())
+    lr_scheduler.StepLR(optimizer, 2)
+    return optimizer
+
+
+def _with_others(other) -> Callable[[Stack], torch.optim.Optimizer]:
+    return lambda model: torch.optim.AdamW([*model.parameters(), *other(model).parameters()])
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (dm.AdamW, "scaled already"),
+        (_scheduled, "scheduler"),
+        (_with_others(lambda model: nn.Linear(2, 2)), "are not parameters of this parametrized model"),
+        (_with_others(copy.deepcopy), "are not parameters of this parametrized model"),  # their plan is another's
+    ],
+)
+def test_rescale_refuses_what_it_cannot_do_and_changes_nothing(model: Stack, make, told: str) -> None:
+    optimizer = make(model)
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(OptimizerError, match=told):
+        dm.rescale(optimizer, model)
+    assert optimizer.param_groups == groups
+
+
+def test_rescale_refuses_a_model_without_a_plan() -> None:
     with pytest.raises(dm.DepthMuPError, match="no plan"):
         dm.rescale(torch.optim.SGD(nn.Linear(2, 2).parameters()), nn.Linear(2, 2))
 

@@ -11,6 +11,8 @@ import pytest
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 NEEDS = {
     "accelerate_loop": "accelerate",
+    "deepspeed_engine": "deepspeed",
+    "fastai_learner": "fastai",
     "lightning_module": "pytorch_lightning",
     "skorch_net": "skorch",
     "timm_loop": "timm",
@@ -23,6 +25,7 @@ def test_the_recipe_runs_without_a_word_from_us(recipe: str, tmp_path: Path, mon
     if recipe in NEEDS:
         pytest.importorskip(NEEDS[recipe])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")

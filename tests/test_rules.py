@@ -14,6 +14,7 @@ from torch_depthmup.rules import (
     FAMILIES,
     RULES,
     UNIT,
+    Family,
     Width,
     depth_multipliers,
     fold_multipliers,
@@ -87,15 +88,16 @@ def test_the_label_of_a_rule_tells_it_from_every_other() -> None:
     assert Rule("mine", alpha=1 / 3).label != Rule("mine", alpha=0.333333).label
 
 
-def test_slopes_are_those_of_the_theory() -> None:
-    for family in (SGD, ADAM):
-        assert predicted_slopes(RULES["depth-mup"], family) == {
-            "inner": -0.5, "outer": -0.5, "stream": 0, "function": 0,
-        }  # fmt: skip
-        assert predicted_slopes(RULES["depth-mup-corrected"], family) == {
-            "inner": 0, "outer": -0.5, "stream": 0.5, "function": 0.5,
-        }  # fmt: skip
-        assert set(predicted_slopes(RULES["complete-p"], family).values()) == {0}
+@pytest.mark.parametrize("family", [SGD, ADAM], ids=lambda family: family.name)
+def test_slopes_are_those_of_the_theory(family: Family) -> None:
+    published = {"inner": -0.5, "outer": -0.5, "stream": 0, "function": 0}
+    assert predicted_slopes(RULES["depth-mup"], family) == published
+    corrected = {"inner": 0, "outer": -0.5, "stream": 0.5, "function": 0.5}
+    assert predicted_slopes(RULES["depth-mup-corrected"], family) == corrected
+    assert set(predicted_slopes(RULES["complete-p"], family).values()) == {0}
+    # without inner layers there is nothing to correct
+    alone = {name: slope for name, slope in published.items() if name != "inner"}
+    assert predicted_slopes(RULES["depth-mup-corrected"], family, inner_layers=False) == alone
 
 
 def test_own_exponents_are_taken_and_missing_ones_derived() -> None:

@@ -237,8 +237,42 @@ def spectrally_normed(how: str) -> None:
 
 
 def pruned(how: str) -> None:
+    """Within one tensor the order of sizes is that without a multiplier: the same entries go, with the same rates."""
+    model, wrapped = parametrized(how), parametrized("wrap")
+    same_rates = rates(dm.AdamW(model, lr=1.0), model)
+    for net in (model, wrapped):
+        prune.l1_unstructured(net.blocks[0].fc2, "weight", amount=0.3)
+    assert torch.equal(model.blocks[0].fc2.weight_mask, wrapped.blocks[0].fc2.weight_mask)
+    found = rates(dm.AdamW(model, lr=1.0), model)
+    assert {name.removesuffix("_orig"): rate for name, rate in found.items()} == same_rates
+    torch.testing.assert_close(trained(model), trained(wrapped), rtol=1e-4, atol=1e-5)
+
+
+def restored(how: str) -> None:
+    """A checkpoint of the other way, as it is."""
+    other = parametrized("wrap" if how == "fold" else "fold")
+    parametrized(how).load_state_dict(other.state_dict())
+
+
+def converted(how: str) -> None:
+    other, model = parametrized("wrap" if how == "fold" else "fold"), parametrized(how)
+    trained(other)
+    model.load_state_dict(dm.convert_state_dict(other.state_dict(), model))
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), other(X), rtol=1e-4, atol=1e-5)
+
+
+def replaced_head(how: str) -> None:
+    """A layer outside the branches, of the base's width, has nothing to lose."""
     model = parametrized(how)
-    prune.l1_unstructured(model.blocks[0].fc2, "weight", amount=0.3)
+    model.head = nn.Linear(model.head.in_features, 7)
+    assert rates(dm.AdamW(model, lr=1.0), model)["head.weight"] == 1.0
+    trained(model)
+
+
+def replaced_carrier(how: str) -> None:
+    model = parametrized(how)
+    model.blocks[0].fc2 = nn.Linear(model.blocks[0].fc2.in_features, model.blocks[0].fc2.out_features)
     dm.AdamW(model)
 
 
@@ -298,6 +332,10 @@ ROWS: dict[str, Callable[[str], None]] = {
     "spectral_norm afterwards": spectrally_normed,
     "prune afterwards": pruned,
     "LoRA afterwards": low_rank,
+    "a checkpoint of the other how": restored,
+    "dm.convert_state_dict of it": converted,
+    "a new head": replaced_head,
+    "a new layer in a branch": replaced_carrier,
     "QAT afterwards": quantization_aware,
 }
 
@@ -305,7 +343,7 @@ ROWS: dict[str, Callable[[str], None]] = {
 def table() -> dict[tuple[str, str], str]:
     """The documented outcome of each cell."""
     cells = {}
-    for line in TABLE.read_text().splitlines():
+    for line in TABLE.read_text().partition("## Beside")[0].splitlines():
         if found := re.match(r"\| `(.+?)` \| (\w+)\b.*? \| (\w+)\b.*? \|", line):
             cells[found[1], "fold"], cells[found[1], "wrap"] = found[2], found[3]
     return cells

@@ -107,3 +107,32 @@ def test_what_looks_in_the_first_steps_leaves_nothing_behind(model: Stack) -> No
     for _ in range(12):
         step(model, optimizer)
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_overwritten_rates_are_told_where_groups_are_stepped_one_at_a_time(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=1e-3)
+    groups = optimizer.param_groups
+    for group in groups:
+        group["lr"] = 1e-3
+    backward(model)
+    with pytest.warns(UserWarning, match="no longer in the planned ratio"):
+        for group in groups:  # as DeepSpeed's ZeRO does
+            optimizer.param_groups = [group]
+            optimizer.step()
+
+
+def test_master_weights_that_are_copied_back_after_the_step_are_told_nothing(model: Stack) -> None:
+    optimizer = dm.AdamW(model, lr=1e-3)
+    masters = {}
+    for group in optimizer.param_groups:
+        copies = [p.detach().clone().requires_grad_() for p in group["params"]]
+        masters.update(zip(copies, group["params"], strict=True))
+        group["params"] = copies
+    for _ in range(6):
+        backward(model)
+        for master, weight in masters.items():
+            master.grad = weight.grad
+        optimizer.step()
+        with torch.no_grad():
+            for master, weight in masters.items():
+                weight.copy_(master)  # warnings are errors

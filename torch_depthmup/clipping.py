@@ -6,6 +6,7 @@ same as in the network with explicit multipliers where they are taken of ``m g'`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ __all__ = ["ClippingNotice", "clip_grad_norm_", "clip_grad_value_"]
 LOOKS = 10  # first steps in which clipping is looked for
 ALIKE = 3  # steps in a row with the same norm that tell of clipping
 SAME = 1e-4  # relative: torch divides by norm + 1e-6
+
+_ours: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+"""Of the folded parameters that were given to the functions below, one a call, by its id."""
 
 
 def clip_grad_norm_(
@@ -58,7 +62,7 @@ def clip_grad_norm_(
     """
     params = _with_gradients(parameters)
     alike: dict[Any, list[Tensor]] = {}
-    for parameter, m in zip(params, folded_multipliers(params), strict=True):
+    for parameter, m in zip(params, _multipliers(params), strict=True):
         assert parameter.grad is not None
         alike.setdefault((m, _mesh(parameter.grad)), []).append(parameter.grad)
     norms = []
@@ -78,6 +82,15 @@ def clip_grad_norm_(
     for some in _by_mesh(params):
         torch.nn.utils.clip_grads_with_norm_(some, max_norm, total, foreach)
     return total
+
+
+def _multipliers(params: list[Tensor]) -> list[float]:
+    """Each parameter's folded multiplier; notes that they were clipped in the right metric."""
+    multipliers = folded_multipliers(params)
+    first = next((p for p, m in zip(params, multipliers, strict=True) if m != 1.0), None)
+    if first is not None:
+        _ours[id(first)] = first
+    return multipliers
 
 
 def _mesh(tensor: Tensor) -> Any:
@@ -107,7 +120,7 @@ def clip_grad_value_(
     """
     params = _with_gradients(parameters)
     alike: dict[Any, list[Tensor]] = {}
-    for parameter, m in zip(params, folded_multipliers(params), strict=True):
+    for parameter, m in zip(params, _multipliers(params), strict=True):
         alike.setdefault((m, _mesh(parameter)), []).append(parameter)
     for (m, _), some in alike.items():
         torch.nn.utils.clip_grad_value_(some, clip_value / m, foreach)
@@ -125,45 +138,48 @@ def _with_gradients(parameters: nn.Module | Tensor | Iterable[Tensor]) -> list[T
 
 
 class ClippingNotice:
-    """Tells from the first steps' gradients that something clips them without the multipliers.
+    """Tells from gradients that something clips them without the multipliers.
 
-    Clipped by norm, gradients have one and the same norm step after step; clipped by value, one and the same largest
-    entry.
+    Clipped by norm, gradients have one and the same norm step after step, or again and again the same largest one;
+    clipped by value, the same largest entry. Looks in the first steps, and at three more each time that their number
+    has doubled.
     """
 
     def __init__(self) -> None:
-        self.looks = 0
         self.seen: tuple[list[float], list[float]] = ([], [])
 
-    @property
-    def finished(self) -> bool:
-        """Whether it looks no more."""
-        return self.looks >= LOOKS
+    @staticmethod
+    def looks_at(step: int) -> bool:
+        """Whether it looks at a step, counted from 1."""
+        return step <= LOOKS or step - (1 << step.bit_length() - 1) < ALIKE
 
     def look(self, parameters: Sequence[Tensor]) -> str | None:
-        """What is wrong, once it shows; None otherwise. Computes two norms, in the first steps only."""
+        """What is wrong, once it shows; None otherwise. Computes two norms."""
+        if any(id(parameter) in _ours for parameter in parameters):
+            return None
         found = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
         # A gradient of another type, unless it is sharded, may have no entries to look at (`nfd.implicit_model`).
         gradients = [grad for grad in found if type(grad) is Tensor or hasattr(grad, "full_tensor")]
-        if self.finished or not gradients:
+        if not gradients:
             return None
-        self.looks += 1
         for seen, order in zip(self.seen, (2.0, float("inf")), strict=True):
             norms = [number_of(torch.nn.utils.get_total_norm(some, order)) for some in _by_mesh(gradients)]
             seen.append(float(torch.linalg.vector_norm(torch.tensor(norms), order)))
-        same = [_alike(seen[-ALIKE:]) for seen in self.seen]
-        for i, function in enumerate(("clip_grad_norm_", "clip_grad_value_")):
-            last = self.seen[i][-ALIKE:]
-            if same[i] and not same[1 - i]:  # where both stay the same, the gradients themselves do
-                return (
-                    f"the gradients' {'norm' if 'norm' in function else 'largest entry'} was {last[0]:.4g} in each of "
-                    f"{ALIKE} steps, so something clips them. A folded weight's gradient is 1/m times that of the "
-                    "network with explicit multipliers, so this clips another network than how='wrap' would. Write "
-                    f"dm.{function}(model, ...) in place of torch's, or dm.parametrize(..., how='wrap') where a "
-                    "trainer clips by itself"
-                )
-        return None
+        norm, entry = map(_again_and_again, self.seen)
+        if bool(norm) == bool(entry):  # where both stay the same, the gradients themselves do
+            return None
+        label, function = ("norm", "clip_grad_norm_") if norm else ("largest entry", "clip_grad_value_")
+        return (
+            f"the gradients' {label} was {norm or entry:.4g} in each of {ALIKE} steps, so something clips them. A "
+            "folded weight's gradient is 1/m times that of the network with explicit multipliers, so this clips "
+            f"another network than how='wrap' would. Write dm.{function}(model, ...) in place of torch's, or "
+            "dm.parametrize(..., how='wrap') where a trainer clips by itself"
+        )
 
 
-def _alike(last: list[float]) -> bool:
-    return len(last) == ALIKE and last[0] > 0 and max(last) - min(last) <= SAME * last[0]
+def _again_and_again(seen: Sequence[float]) -> float:
+    """The value of the last steps, or the largest one, where it was there often enough; 0 where there is none."""
+    for some, value in ((seen[-ALIKE:], max(seen[-ALIKE:])), (seen, max(seen))):
+        if value > 0 and sum(value - one <= SAME * value for one in some) >= ALIKE:
+            return value
+    return 0.0

@@ -386,8 +386,13 @@ def _muon_width(width: Width, adjust_lr: str | None) -> float:
     return (wanted(width.dims) / wanted(base)) / (given(width.dims) / given(base))
 
 
-def predicted_slopes(rule: Rule, family: Family) -> dict[str, float]:
-    """Exponents in depth that the rule gives two-layer branches in the first steps at a small learning rate.
+def predicted_slopes(rule: Rule, family: Family, *, inner_layers: bool = True) -> dict[str, float]:
+    """Exponents in depth that the rule gives in the first steps at a small learning rate.
+
+    Args:
+        rule: a rule.
+        family: of the optimizer.
+        inner_layers: whether branches have inner layers; without, the correction has nothing to act on.
 
     Returns:
         ``inner`` and ``outer``: a layer's own update ``dW h`` in a branch, relative to its base; ``stream`` and
@@ -400,9 +405,9 @@ def predicted_slopes(rule: Rule, family: Family) -> dict[str, float]:
     # A layer's own update dW h: SGD's gradient carries the branch multiplier, a normalised one does not.
     carried = 0.0 if family.normalised else -rule.alpha
     outer = rule.lr_exponent(family, "outer") + carried
-    inner = rule.lr_exponent(family, "inner") + carried
-    total = 1 - rule.alpha + max(inner, outer)  # L branches, each times m
-    return {"inner": inner, "outer": outer, "stream": total, "function": total}
+    own = {"inner": rule.lr_exponent(family, "inner") + carried, "outer": outer} if inner_layers else {"outer": outer}
+    total = 1 - rule.alpha + max(own.values())  # L branches, each times m
+    return {**own, "stream": total, "function": total}
 
 
 def _power(ratio: float, exponent: float) -> float:

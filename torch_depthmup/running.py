@@ -11,6 +11,7 @@ import inspect
 import random
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -124,15 +125,37 @@ def fresh(value: Any) -> Any:
     return type(value)(map(fresh, value)) if isinstance(value, tuple | list) else value
 
 
+_ONE_AT_A_TIME = threading.RLock()  # modes, buffers and random states are everybody's
+
+
 @contextlib.contextmanager
 def quiet(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
     """Evaluation mode with gradients; mode, buffers, RNG and ``requires_grad`` come back as they were.
+
+    Threads take turns. Under autocast weights are cast anew: a cached cast does not see what was done to a weight.
 
     Args:
         model: any module.
         batch_statistics: normalise by the batch instead of by the running statistics, which at initialization are
             those of no data at all and let deep networks overflow.
     """
+    with _ONE_AT_A_TIME, _without_cached_casts(), _undisturbed(model, batch_statistics):
+        yield
+
+
+@contextlib.contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, batch_statistics: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     copies = {id(b): b.detach().clone() for _, own in buffers for b in own.values() if b is not None}

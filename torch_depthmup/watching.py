@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_depthmup.clipping import ALIKE, LOOKS, ClippingNotice
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import UNIT
-from torch_depthmup.scaling.registry import folded_multipliers, owners, planned_parameters, trust_sizes
+from torch_depthmup.scaling.registry import beside, folded_multipliers, owners, planned_parameters, trust_sizes
 from torch_depthmup.schedules import SAME, overwritten
 
 __all__ = ["watch"]
@@ -35,7 +35,7 @@ class _Watch:
     """What is known of one optimizer's learning rates and gradients."""
 
     def __init__(self, optimizer: Optimizer):
-        groups = optimizer.param_groups
+        self.groups = groups = list(optimizer.param_groups)
         multipliers = [group.get("lr_multiplier") for group in groups]
         self.plain = all(m is None for m in multipliers)
         self.steps = 0
@@ -44,7 +44,7 @@ class _Watch:
         planned = _rates(groups, 0) or []
         # Rates that are meant to be one and the same although the multipliers differ say nothing of overwriting.
         self.one_rate = len(planned) > 1 and max(planned) - min(planned) <= SAME * max(planned)
-        self.clipping: ClippingNotice | None = None
+        self.clipping: tuple[ClippingNotice, ...] = ()
         params = [p for group in groups for p in group["params"]]
         if self.plain:
             trust_sizes(params)
@@ -59,7 +59,7 @@ class _Watch:
             )
             self.told_rates = True
         elif folded := [p for p, m in zip(params, folded_multipliers(params), strict=True) if m != 1.0]:
-            self.clipping = ClippingNotice()
+            self.clipping = ClippingNotice(), ClippingNotice()
             _WritingNotice(optimizer, folded)
 
     def look(self, optimizer: Optimizer) -> None:
@@ -70,16 +70,23 @@ class _Watch:
         if not self.told_rates and (found := self._overwritten(optimizer)):
             self.told_rates = True
             warnings.warn(found, UserWarning, stacklevel=5)
-        if self.clipping is not None:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            found = self.clipping.look(params)
-            if found:
-                warnings.warn(found, UserWarning, stacklevel=5)
-            if found or self.clipping.finished:
-                self.clipping = None
+        if self.clipping and ClippingNotice.looks_at(self.steps):
+            self._look_for_clipping(optimizer)
+
+    def _look_for_clipping(self, optimizer: Optimizer) -> None:
+        """At the gradients of this optimizer, and of the whole model where others train the rest of it."""
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        every = beside(own)
+        for notice, params in zip(self.clipping, [own, every] if len(every) > len(own) else [own], strict=False):
+            if found := notice.look(params):
+                warnings.warn(found, UserWarning, stacklevel=6)
+                self.clipping = ()
+                return
 
     def _overwritten(self, optimizer: Optimizer) -> str | None:
         groups = optimizer.param_groups
+        if len(groups) < len(self.groups) and all(any(group is known for known in self.groups) for group in groups):
+            groups = self.groups  # DeepSpeed's ZeRO steps one group at a time
         rates = _rates(groups, self.steps)
         if rates is None or rates == self.rates:
             return None
@@ -130,7 +137,10 @@ class _WritingNotice:
 
     def after(self, optimizer: Optimizer, args: Any, options: Any) -> None:
         """How the step leaves the weight."""
-        if not torch.compiler.is_compiling():
+        # DeepSpeed's ZeRO and apex put other tensors into the groups, and write to the weights after the step.
+        stepped = any(p is self.weight for group in optimizer.param_groups for p in group["params"])
+        self.left = None
+        if stepped and not torch.compiler.is_compiling():
             self.left = self.weight._version, self.weight.data_ptr(), self.weight.detach().clone()
 
 

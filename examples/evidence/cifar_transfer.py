@@ -4,7 +4,7 @@
     python examples/evidence/cifar_transfer.py --data cifar10_16px.npz   # or the arrays train_images, train_labels
 
 Trains networks of two-layer blocks, h + V relu(W h) / 2 (so that depth 4 is depth-muP's own scale), of width 128 with
-batches of 128, at depths 4, 16 and 64 under four rules. Three set-ups (--setup): "adam" and "sgd" without
+batches of 128, at depths 4, 8, 16 and 64 under four rules. Three set-ups (--setup): "adam" and "sgd" without
 normalization, and "adam-norm" with a LayerNorm before each block and before the readout. The loss of a run is the mean
 of the last fifth of its training losses; as every image is seen once, each of these was taken before the image was
 trained on.
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="an .npz file, or torchvision's folder for CIFAR-10")
     parser.add_argument("--setup", choices=SETUPS, default="adam")
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", type=int, nargs=2, metavar=("LOW", "HIGH"), help="powers of two, ends included")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default 1)")

@@ -93,6 +93,7 @@ def drawn(found: dict[tuple[int, str, str], CoordinateCheck]) -> Figure:
             panel.plot(depths, [fmean(sizes[depth]) / first for depth in depths], marker="o", markersize=3, label=rule)
         panel.set(xscale="log", yscale="log", title=f"{optimizer}, {count} layer{'s' * (count > 1)}")
         panel.set_xticks(depths, [str(depth) for depth in depths])
+        panel.set_yticks([1, 0.5, 0.25, 0.125], ["1", "1/2", "1/4", "1/8"])
         panel.minorticks_off()
         if column == 0:
             panel.set_ylabel(f"{quantity} layers' own update\nover that at depth {depths[0]}")

@@ -77,13 +77,13 @@ def test_a_checkpoint_without_a_note_is_converted_by_its_plan(one: str, other: s
     assert difference(model, source) < 1e-6
 
 
+@pytest.mark.parametrize("load", [nn.Module.load_state_dict, lambda model, s: dm.convert_state_dict(s, model)])
 @pytest.mark.parametrize("how", ["fold", "wrap"])
-def test_another_base_is_refused(how: str) -> None:
+def test_another_base_is_refused(how: str, load) -> None:
     model = Stack(8, PreNorm)
     dm.parametrize(model, depth_multiplier=2, example_inputs=X, how=how)
-    for load in (model.load_state_dict, lambda s: dm.convert_state_dict(s, model)):
-        with pytest.raises(PlanError, match="blocks.0.* had the multiplier 0.5 .*another base or rule"):
-            load(trained(how).state_dict())
+    with pytest.raises(PlanError, match="blocks.0.* had the multiplier 0.5 .*another base or rule"):
+        load(model, trained(how).state_dict())
 
 
 @pytest.mark.parametrize("how", ["fold", "wrap"])
@@ -97,11 +97,21 @@ def test_the_same_way_loads_and_keys_are_those_of_the_plain_model(how: str) -> N
     assert "torch_depthmup" not in plain.state_dict()._metadata[""]
 
 
-def test_a_base_and_a_baked_model_note_nothing() -> None:
+def _base() -> Stack:
     base = Stack(2, PreNorm)
     dm.parametrize(base, depth_multiplier=1, example_inputs=X)
-    for model in (base, dm.bake(parametrized("wrap"))):
-        assert "torch_depthmup" not in model.state_dict()._metadata[""]
+    return base
+
+
+def _undone() -> Stack:
+    model = parametrized()
+    dm.undo(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [_base, _undone, lambda: dm.bake(parametrized("wrap"))])
+def test_models_without_multipliers_note_nothing(make) -> None:
+    assert "torch_depthmup" not in make().state_dict()._metadata[""]
 
 
 def test_moments_of_the_other_way_are_refused_by_name() -> None:

@@ -122,6 +122,16 @@ def test_a_checkpoint_of_another_way_is_told_by_its_sizes_too(how: str, trained:
         dm.AdamW(model)
 
 
+def test_values_of_another_process_are_told_nothing() -> None:
+    """DDP writes the first process's values, which were scaled as well, into the others' modules."""
+    model, first = parametrized(), Stack(8, PreNorm)
+    dm.parametrize(first, depth_multiplier=4, example_inputs=X)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), first.parameters(), strict=True):
+            mine.copy_(theirs)
+    dm.AdamW(model)
+
+
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_a_checkpoint_of_the_same_run_is_told_nothing(how: str) -> None:
     trained = parametrized(how)

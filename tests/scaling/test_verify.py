@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_depthmup as dm
-from torch_depthmup.errors import DepthMuPError, MeasurementError
+from torch_depthmup.errors import DepthMuPError
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -76,7 +76,7 @@ def test_a_value_that_is_used_twice_is_refused_and_the_model_left_alone(name: st
 
 
 def test_the_branch_that_does_it_is_named() -> None:
-    with pytest.raises(MeasurementError, match=r"last\.7\.weight.*output 1 \(of 2\)"):
+    with pytest.raises(DepthMuPError, match=r"#7: .*last\.7\.weight.*used for something else"):
         dm.parametrize(Net(8, 8, one_tap), base=Net(2, 8, one_tap), example_inputs=X)
 
 

@@ -176,8 +176,8 @@ def test_streams_inside_a_branch_are_their_own() -> None:
     assert [(b.name, b.additions, set(b.carrier)) for b in outer] == [
         (f"{i}", 3, {f"{i}.out.weight", f"{i}.out.bias"}) for i in range(3)
     ]
-    with pytest.raises(dm.DepthMuPError, match="residual streams"):
-        dm.parametrize(nested(3), base=nested(1), example_inputs=x())
+    plan = dm.parametrize(nested(3), base=nested(1), example_inputs=x())
+    assert [stream.depth_multiplier for stream in plan.streams].count(3) == 1
 
 
 def test_a_lone_addition_inside_a_branch_is_part_of_it() -> None:
@@ -212,7 +212,7 @@ def test_paths_from_constants_are_no_levels() -> None:
 def test_sums_without_a_recognisable_skip_are_refused_by_name(forward) -> None:
     parts = {name: linear() for name in "abcd"}
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(forward, **parts))
-    with pytest.raises(AmbiguousBranchError, match=r"^1: .*branches=.*exclude=\['1'\]"):
+    with pytest.raises(AmbiguousBranchError, match=r"^1: .*exclude=\['1'\]"):
         dm.find_branches(model, x())
     assert dm.find_branches(model, x(), exclude=["1"]) == ()
 

@@ -13,6 +13,7 @@ from torch_depthmup.errors import DepthMuPError, ignores_depth
 from torch_depthmup.rules import RULES
 from torch_depthmup.scaling.apply import parametrize
 from torch_depthmup.scaling.plan import branch_rows, parameter_rows
+from torch_depthmup.tracing.branches import left_alone_rows
 
 __all__ = ["add_arguments", "run"]
 
@@ -82,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
         page.heading("Parameters"),
         page.named_table(*parameters),
         page.paragraph("Each number multiplies what the optimizer is given: lr, weight decay, eps.", quiet=True),
+        page.heading("Sums that are left alone"),
+        page.named_table(*left_alone_rows(plan.left_alone)),
         page.following(
             "Train with it: dm.parametrize(model, base=base, example_inputs=inputs), then dm.AdamW(model, lr=...).",
             "See whether what moves follows the rule: "

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_depthmup.errors import MeasurementError, PlanError
+from torch_depthmup.errors import PlanError
 from torch_depthmup.rules import Rule, get_rule
-from torch_depthmup.running import is_sharded, normalise_name, unwrap, without_numbers
+from torch_depthmup.running import is_sharded, normalise_name, unwrap
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import refuse_unequal
 from torch_depthmup.scaling.freshness import warn_if_trained
-from torch_depthmup.scaling.hooks import hang, hooked, take_off
+from torch_depthmup.scaling.hooks import hang, take_off
+from torch_depthmup.scaling.measuring import check_carried_out
 from torch_depthmup.scaling.plan import How, Plan
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
 from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
-from torch_depthmup.scaling.verify import Measured, check_branches, differing_output, filled, measured
+from torch_depthmup.scaling.verify import filled
 from torch_depthmup.tracing.branches import Pattern
 
 __all__ = ["apply", "attach", "parametrize", "undo"]
@@ -215,53 +216,13 @@ def _carry_out(model: nn.Module, plan: Plan, seen: Seen | None) -> None:
             for name, parameter in touched.items():
                 parameter.mul_(scales[name] / carriers.get(name, 1.0))
             with filled(parameters.values()):
-                _measure(model, plan, seen, {name: (touched[name], m) for name, m in carriers.items()})
+                check_carried_out(model, plan, seen, {name: (touched[name], m) for name, m in carriers.items()})
             for name, value in unscaled.items():
                 touched[name].copy_(value)
         for name, parameter in touched.items():
             parameter.mul_(scales[name])
         hang(model, plan.hooks)
         Handle.attach(model, plan, set_shapes)
-
-
-def _measure(model: nn.Module, plan: Plan, seen: Seen, carriers: Mapping[str, tuple[Tensor, float]]) -> None:
-    """Measures that the multipliers do to branches and outputs what they should, and takes them off again."""
-    supplied = [branch.supplied for branch in plan.planned_branches]
-    hung = [hook for hook in plan.hooks if hook.branch is not None and not hook.is_copy]
-    before = measured(model, seen.inputs, seen.found)
-    with _scaled(list(carriers.values())), hooked(model, hung):
-        check_branches(model, seen.inputs, seen.found, before, supplied)
-        wrong = differing_output(model, seen.inputs, seen.found, before)
-    if wrong:
-        raise MeasurementError(_reaches_elsewhere(model, plan, seen, before, carriers, wrong))
-
-
-def _reaches_elsewhere(
-    model: nn.Module,
-    plan: Plan,
-    seen: Seen,
-    before: Measured,
-    carriers: Mapping[str, tuple[Tensor, float]],
-    output: str,
-) -> str:
-    """What to say of a network whose branches are right and whose outputs are not: the first branch that does it."""
-    for i, branch in enumerate(plan.branches):
-        alone = [carriers[name] for name in branch.carrier if name in carriers]
-        with _scaled(alone), hooked(model, [hook for hook in plan.hooks if hook.branch == i and not hook.is_copy]):
-            reached = differing_output(model, seen.inputs, seen.found, before)
-        if reached:
-            carrier = f" {', '.join(branch.carrier)}" if plan.how == "fold" else ""
-            pattern = without_numbers(branch.name).replace("#", "*") or "*"
-            return (
-                f"{branch.name}: what its last weights{carrier} give is used for something else besides the residual "
-                f"addition (returned, or added elsewhere), and how={plan.how!r} would scale that too: {reached} is not "
-                "what it would be with each branch multiplied where it is added. The model is as it was. Give the "
-                f"branch last weights of its own, or leave such branches alone: exclude=['{pattern}']"
-            )
-    return (
-        f"{output} is not what it would be with each branch multiplied where it is added, though each branch alone is "
-        "right: branches share what carries their multipliers. The model is as it was. Exclude one of them"
-    )
 
 
 @contextlib.contextmanager
@@ -278,19 +239,6 @@ def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> It
         if not had_shapes:
             widths.clear_shapes(model)
         raise
-
-
-@contextlib.contextmanager
-def _scaled(parameters: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
-    """Parameters times their multipliers, for as long as the branches are measured."""
-    saved = [parameter.detach().clone() for parameter, _ in parameters]
-    try:
-        for parameter, m in parameters:
-            parameter.mul_(m)
-        yield
-    finally:
-        for (parameter, _), value in zip(parameters, saved, strict=True):
-            parameter.copy_(value)
 
 
 def undo(model: nn.Module) -> None:

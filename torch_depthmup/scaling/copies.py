@@ -50,7 +50,8 @@ def find_copies(model: nn.Module, found: Trace) -> tuple[Copy, ...]:
         if same := [other for other in like if _are_equal(known, names, inside[other], streams, found)]:
             copies.append(Copy(path, same[0]))
         elif unlike := [other for other in like if _holds_a_stream(inside[other], streams)]:
-            _warn_unequal(path, unlike[0])
+            if not any(known[name].requires_grad for name in names):  # else it may just not be used
+                _warn_unequal(path, unlike[0])
         else:
             continue
         settled.append(path)

@@ -19,7 +19,17 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Hook, PlannedBranch
 from torch_depthmup.tracing.branches import Trace
 
-__all__ = ["BranchMultiplier", "branch_hooks", "hang", "hang_again", "hooked", "multiply", "plain_class", "take_off"]
+__all__ = [
+    "BranchMultiplier",
+    "branch_hooks",
+    "hang",
+    "hang_again",
+    "hooked",
+    "multiply",
+    "plain_class",
+    "take_off",
+    "targets",
+]
 
 
 class BranchMultiplier:
@@ -92,25 +102,28 @@ def hang(model: nn.Module, hooks: Iterable[Hook]) -> None:
 
 
 def branch_hooks(model: nn.Module, planned: Sequence[PlannedBranch], found: Trace) -> tuple[Hook, ...]:
-    """For ``how="wrap"``: one multiplier on each module that returns a branch's value.
+    """For ``how="wrap"``: one multiplier on each module that returns a branch's value; none for one without such.
 
     Raises:
-        PlanError: no module returns a branch's value and nothing else.
+        PlanError: a module returns branches that need different multipliers.
     """
-    targets: dict[str, Hook] = {}
+    chosen: dict[str, Hook] = {}
     for i, branch in enumerate(planned):
         if branch.supplied != 1.0:
-            for name, index in _targets(model, found, i):
-                hook = targets.setdefault(name, Hook(name, index, branch.supplied, i))
+            for name, index in targets(model, found, i) or ():
+                hook = chosen.setdefault(name, Hook(name, index, branch.supplied, i))
                 if (hook.output, hook.multiplier) != (index, branch.supplied):
                     raise PlanError(
                         f"{name} returns branches with different multipliers. Give each branch a module of its own"
                     )
-    return tuple(targets.values())
+    return tuple(chosen.values())
 
 
-def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
-    """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches."""
+def targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]] | None:
+    """The modules to multiply: for each summand of the branch one that returns it, and nothing but branches.
+
+    ``None`` where no module returns the branch's value, and nothing else.
+    """
     branch = found.traced[i].branch
     users: dict[str, int] = {}
     for traced in found.traced:
@@ -121,17 +134,13 @@ def _targets(model: nn.Module, found: Trace, i: int) -> list[tuple[str, int]]:
         name = target[0]
         return users[name] > 1, name != branch.name, not any(True for _ in model.get_submodule(name).parameters())
 
-    targets = []
+    best = []
     for producers in found.traced[i].summands or ((),):
         fit = [(p.module, p.output) for p in producers if users[p.module] == found.calls[p.module]]
         if not fit:
-            raise PlanError(
-                f"{branch.name or 'the model'}: no module returns the value of branch {branch.position} of stream "
-                f"{branch.stream}, and of nothing else, so there is nothing to wrap. Use how='fold', or write the "
-                "block with dm.Residual(branch)"
-            )
-        targets.append(min(fit, key=preference))
-    return targets
+            return None
+        best.append(min(fit, key=preference))
+    return best
 
 
 Taken = list[tuple[nn.Module, BranchMultiplier]]

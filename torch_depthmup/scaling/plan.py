@@ -13,7 +13,8 @@ from torch_depthmup.errors import DepthMuPError, PlanError
 from torch_depthmup.rules import Family, Multipliers, Role, Rule, Width
 from torch_depthmup.running import normalise_name
 from torch_depthmup.tables import Table, columns, fold_names
-from torch_depthmup.tracing.branches import Branch
+from torch_depthmup.tracing.additions import Reason
+from torch_depthmup.tracing.branches import Branch, LeftAlone
 
 __all__ = [
     "Copy",
@@ -173,6 +174,7 @@ class Plan:
     entries: tuple[PlannedParameter, ...]
     hooks: tuple[Hook, ...] = ()
     copies: tuple[Copy, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
     @cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -256,7 +258,7 @@ class Plan:
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as JSON text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=indent)
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=indent, default=lambda reason: reason.name)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -277,6 +279,7 @@ class Plan:
                 entries=tuple(_planned_parameter(entry) for entry in data["entries"]),
                 hooks=tuple(Hook(**hook) for hook in data["hooks"]),
                 copies=tuple(Copy(**copy) for copy in data["copies"]),
+                left_alone=tuple(LeftAlone(**{**s, "reason": Reason[s["reason"]]}) for s in data.get("left_alone", ())),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a plan written by Plan.to_json: {type(error).__name__}: {error}") from error

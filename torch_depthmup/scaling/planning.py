@@ -26,8 +26,8 @@ from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.readouts import with_readouts
 from torch_depthmup.scaling.streams import match_streams, streams_at
-from torch_depthmup.tracing.branches import Branch, Pattern, Trace, roles, trace
-from torch_depthmup.tracing.census import check_census
+from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
+from torch_depthmup.tracing.census import check_census, check_parts
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -110,7 +110,10 @@ def look(
             f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
             "whose output is added to the skip>'], or write rule='mup'"
         )
-    return seen, None if base is None else _seen(unwrap(base), inputs, options)
+    if base is None:
+        return seen, None
+    refusals.refuse_unmatched(unwrap(base), options)
+    return seen, _seen(unwrap(base), inputs, {**options, "like": seen.found})
 
 
 def _seen(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
@@ -152,11 +155,13 @@ def make_plan(
     if base is None or not rule.scales_depth:
         streams = streams_at(found.branches, depth_multiplier if rule.scales_depth else None)
     else:
-        streams = match_streams(found.branches, base.found.branches)
+        streams = match_streams(found, base.found)
     copies = find_copies(seen.model, found)
     is_deeper = any(stream.depth_multiplier != 1 for stream in streams)
-    if rule.scales_depth and is_deeper:
+    if rule.scales_depth and (is_deeper or base is not None):
         check_census(found, None if base is None else base.found)
+    if rule.scales_depth and is_deeper:
+        check_parts(found)
         refusals.refuse_shared(found)
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found, copies)
@@ -164,15 +169,15 @@ def make_plan(
     planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams, copies)) for b in found.branches)
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
+    refusals.refuse_impossible(seen.model, planned, found, how)
     if how == "fold":
-        refusals.refuse_without_carrier(planned)
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
     entries, hung = with_readouts(seen.model, found, entries, copies)
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
     entries, hung = scaled_as_originals(entries, hung, copies, found.reached)
-    made = Plan(rule, how, streams, planned, tuple(entries), hung, copies)
+    made = Plan(rule, how, streams, planned, tuple(entries), hung, copies, found.left_alone)
     return resolve(made, seen.model, keep=initialization == "keep")
 
 
@@ -192,7 +197,7 @@ def _entries(
     seen: Seen, base: Seen | None, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]
 ) -> list[PlannedParameter]:
     """Every parameter with its role, its width and the size that it should start with; nothing folded yet."""
-    places, found = roles(seen.found.branches), seen.found
+    places, found = _places(seen.found, streams), seen.found
     wide = _widths(seen, base, rule)
     sizes, kinds = _wanted_sizes(seen, base, wide)
     trunk = {without_numbers(name): stream for name, stream in found.trunk.items()}
@@ -220,6 +225,19 @@ def _entries(
             )
         )
     return entries
+
+
+def _places(found: Trace, streams: Sequence[Stream]) -> dict[str, tuple[int, Side]]:
+    """Each parameter's branch and side: the innermost one whose stream deepens, else the innermost one."""
+    places = roles(found.branches)
+    for i in sorted(range(len(found.traced)), key=lambda i: -len(found.traced[i].sides)):
+        if streams and streams[found.branches[i].stream].depth_multiplier != 1 and found.traced[i].nested:
+            places |= {
+                name: (i, side)
+                for name, side in found.traced[i].sides.items()
+                if streams[found.branches[places[name][0]].stream].depth_multiplier == 1
+            }
+    return places
 
 
 def _widths(seen: Seen, base: Seen | None, rule: Rule) -> Mapping[str, Width] | None:

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.running import tensors_in
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["Measured", "check_branches", "differing_output", "filled", "measured"]
+__all__ = ["Differences", "Measured", "differences", "filled", "measured"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
@@ -51,30 +50,23 @@ class Measured:
     Args:
         branches: each branch's value.
         outputs: each floating-point tensor of the model's output, auxiliary ones too.
-        tolerance: the relative error that rounding makes at the coarsest precision among parameters and what the
-            network computes (autocast).
+        rounding: the relative error that rounding may make, at the coarsest precision that occurs in the pass.
     """
 
     branches: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    tolerance: float
+    rounding: float
 
 
-class _Coarsest(TorchFunctionMode):
-    """Notes the rounding error of the coarsest precision that one forward pass computes in."""
+@dataclass(frozen=True)
+class Differences:
+    """What is not as it should be: branches by their index, each in words; and the first such output, if any."""
 
-    eps = 0.0
+    branches: Mapping[int, str]
+    output: str | None
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-        return result
-
-
-def _run(model: nn.Module, inputs: Any, meter: Meter) -> Any:
-    torch.clear_autocast_cache()  # it keeps casts of weights that have been multiplied since
-    return run_metered(model, inputs, meter)
+    def __bool__(self) -> bool:
+        return bool(self.branches or self.output)
 
 
 def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
@@ -94,71 +86,65 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
     def read(branch: int, value: Tensor, skip: Tensor) -> None:
         values[branch] = value.clone()
 
-    with _Coarsest() as computed:
-        output = _run(model, inputs, Meter(found, read))
+    meter = Meter(found, read)
+    output = run_metered(model, inputs, meter)
     for i, branch in enumerate(found.branches):
         if i not in values:
             raise MeasurementError(
                 f"{branch.name}: the branch was not there in a second pass on the same inputs. A network that changes "
                 "from call to call cannot be measured; put it in evaluation mode"
             )
-        size = float(values[i].float().norm())
+        size = float(values[i].abs().float().norm())
         if not 0 < size < math.inf:
             raise MeasurementError(
                 f"{branch.name}: the branch's value on the example inputs has norm {size}, so nothing can be measured. "
                 "Pass example inputs on which the freshly initialized network is finite and not zero"
             )
-    kept = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
-    tolerance = min(COARSEST, ROUNDING * max([computed.eps, *kept]))
-    return Measured(tuple(values[i] for i in range(len(found.branches))), _floating(output), tolerance)
+    branches = tuple(values[i] for i in range(len(found.branches)))
+    return Measured(branches, _floating(output), ROUNDING * max(meter.rounding, _coarsest(model)))
 
 
-def check_branches(model: nn.Module, inputs: Any, found: Trace, before: Measured, multipliers: Sequence[float]) -> None:
-    """Compares each branch's value with its multiple of what it was.
+def differences(
+    model: nn.Module, inputs: Any, found: Trace, before: Measured, multipliers: Sequence[float]
+) -> Differences:
+    """Compares each branch's value with its multiple of what it was, and each output with what it was.
 
-    Raises:
-        MeasurementError: a branch differs by more than rounding.
+    All branches hand on their old values. An output that is not what it was sees a multiplier by another way than the
+    residual addition, and so does a branch whose multiplier is 1.
     """
-    wrong: list[str] = []
+    wrong: dict[int, str] = {}
 
     def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
         was, multiplier = before.branches[branch], multipliers[branch]
-        wide = torch.float64 if was.dtype == torch.float64 else torch.float32
-        wanted = was.to(wide) * multiplier
-        error = float((value.to(wide) - wanted).norm() / wanted.norm())
-        if not error <= before.tolerance:
-            ratio = float(value.to(wide).norm() / was.to(wide).norm())
-            wrong.append(
+        wanted = _wide(was) * multiplier
+        error = float((_wide(value) - wanted).norm() / wanted.norm())
+        tolerance = min(COARSEST, before.rounding)
+        if not error <= tolerance:
+            ratio = float(_wide(value).norm() / _wide(was).norm())
+            wrong[branch] = (
                 f"{found.branches[branch].name}: the branch should be {multiplier:.6g} times what it was, and is "
-                f"{ratio:.6g} times (relative error {error:.2g}, tolerance {before.tolerance:.2g})"
+                f"{ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
             )
         return was.clone()
 
-    _run(model, inputs, Meter(found, compare))
-    if wrong:
-        raise MeasurementError(
-            "; ".join(wrong[:3])
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + ". The model is as it was. What lies between its last weights and the addition is not linear: write "
-            "how='wrap' instead of 'fold', or exclude the branch"
-        )
-
-
-def differing_output(model: nn.Module, inputs: Any, found: Trace, before: Measured) -> str | None:
-    """Which output is not what it was although all branches hand on their old values; ``None`` where there is none.
-
-    Such an output sees a multiplier by another way than the residual addition.
-    """
-    output = _run(model, inputs, Meter(found, lambda branch, value, skip: before.branches[branch].clone()))
-    after = _floating(output)
+    after = _floating(run_metered(model, inputs, Meter(found, compare)))
     for i, (value, was) in enumerate(zip(after, before.outputs, strict=True)):
-        wide = torch.float64 if was.dtype == torch.float64 else torch.float32
-        error = float((value.to(wide) - was.to(wide)).nan_to_num().norm())
-        size = float(was.to(wide).nan_to_num().norm())
-        if error > before.tolerance * size:
-            return "the output" if len(after) == 1 else f"output {i} (of {len(after)})"
-    return None
+        error = float((_wide(value) - _wide(was)).nan_to_num().norm())
+        if error > before.rounding * float(_wide(was).nan_to_num().norm()):
+            return Differences(wrong, "the output" if len(after) == 1 else f"output {i} (of {len(after)})")
+    return Differences(wrong, None)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """A value in a precision in which differences are exact enough."""
+    if value.is_complex():
+        return torch.view_as_real(value).double()
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _coarsest(model: nn.Module) -> float:
+    return max((torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype.is_floating_point), default=0.0)
 
 
 def _floating(output: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.detach().clone() for tensor in tensors_in(output) if tensor.is_floating_point())
+    return tuple(t.detach().clone() for t in tensors_in(output) if t.is_floating_point() or t.is_complex())

@@ -7,22 +7,36 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_depthmup.errors import TracingError
+from torch_depthmup.tracing.choosing import linear_way
 from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 from torch_depthmup.tracing.parameters import Parts
 
-__all__ = ["ResidualAddition", "nearest_additions", "nested_in", "residual_additions"]
+__all__ = ["Reason", "ResidualAddition", "nearest_additions", "nested_in", "residual_additions"]
 
 
-class Verdict(enum.Enum):
-    """What is said of a sum that is no residual addition."""
+class Reason(enum.Enum):
+    """Why a sum is left alone."""
 
-    OTHER = "a sum of another kind"
-    DOUBTFUL = "it may or may not be residual"
+    NUMBERS = "adds single numbers, such as losses"
+    PARAMETER = "adds a parameter: a bias, an offset, a position embedding"
+    UNRELATED = "adds values that are not computed from the same data: embeddings, positions, masks"
+    NO_WEIGHTS = "has no weights between its operands: part of an activation or a norm, or an earlier value once more"
+    TAKEN_AWAY = "takes a stream away again, as in h + a (f(h) - h)"
+    MODULATION = "shifts what is scaled, x s + t, with s and t from elsewhere"
+    LINEAR = "adds linear paths, as LoRA does"
+    PARALLEL = "adds parallel paths at the end of one branch"
+    FROM_OUTSIDE = "adds to a branch what comes from outside of it, such as a bias that all layers share"
+    LONG_SKIP = "adds an earlier value of a stream to it, as in a U-Net, or joins streams"
+    COLLECTS = "collects outputs of layers, which nothing in the network reads"
+    LONE = "is a lone sum inside a branch, such as the D-skip of a state-space model"
+    BESIDE = "joins two paths that are no skip and branch, inside or behind what was found"
+    CHOSEN = "is left out by include or exclude"
+    DOUBTFUL = "may or may not be residual"
 
 
 @dataclass
@@ -45,11 +59,11 @@ class ResidualAddition:
     parts: Parts = field(default_factory=Parts)
 
 
-def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[ResidualAddition], list[int]]:
-    """The residual additions in forward order, and the sums that may or may not be."""
+def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[ResidualAddition], dict[int, Reason]]:
+    """The residual additions in forward order, and why all other sums are none; doubtful ones are among these."""
     masks = _Masks.of(graph)
     candidates: dict[int, ResidualAddition] = {}
-    doubtful: list[int] = []
+    reasons: dict[int, Reason] = {}
     waiting = dict(declared)
     for i, node in enumerate(graph.nodes):
         operands = [j for j in node.inputs if j >= 0]
@@ -58,25 +72,21 @@ def residual_additions(graph: Graph, declared: dict[int, str]) -> tuple[list[Res
         found = _declared(graph, i, operands, waiting) or _candidate(graph, i, operands, candidates, masks)
         if isinstance(found, ResidualAddition):
             candidates[i] = found
-        elif found is Verdict.DOUBTFUL:
-            doubtful.append(i)
+        else:
+            reasons[i] = found
     linked = _linked(graph, candidates)
-    doubtful += [i for i, candidate in candidates.items() if candidate.provisional and i not in linked]
-    candidates = {i: candidate for i, candidate in candidates.items() if i not in doubtful}
+    reasons |= {i: Reason.DOUBTFUL for i, found in candidates.items() if found.provisional and i not in linked}
+    candidates = {i: candidate for i, candidate in candidates.items() if i not in reasons}
     if waiting:
         raise TracingError(
             f"{', '.join(sorted(set(waiting.values())))}: declared as a branch, but what it returns is not added to "
             "anything. Name the module whose output is an operand of the addition"
         )
-    accepted = _accept(graph, candidates, set(declared))
-    doubtful = [
-        node
-        for node in doubtful
-        if not any(
-            (node != r.start and _is_inside(graph, node, r)) or _is_beside(graph, node, r.node) for r in accepted
-        )
-    ]
-    return accepted, doubtful
+    accepted = _accept(graph, candidates, set(declared), reasons)
+    for i in [i for i, reason in reasons.items() if reason is Reason.DOUBTFUL]:
+        if any((i != r.start and _is_inside(graph, i, r)) or _is_beside(graph, i, r.node) for r in accepted):
+            reasons[i] = Reason.BESIDE
+    return accepted, reasons
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class _Masks:
 
 def _is_nonlinear(graph: Graph, i: int) -> bool:
     node, data = graph.nodes[i], graph.data_inputs(i)
-    if node.kind.is_product and len(data) > 1:
+    if len(data) > 1 and (node.kind.is_product or node.kind.takes_one_factor_of_data):
         return True
     plain = node.is_weight_operation or node.kind.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
     return bool(data) and not plain
@@ -111,18 +121,20 @@ def _is_nonlinear(graph: Graph, i: int) -> bool:
 
 def _candidate(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
-) -> ResidualAddition | Verdict:
+) -> ResidualAddition | Reason:
     if graph.nodes[node].is_scalar:
-        return Verdict.OTHER
+        return Reason.NUMBERS
+    if _is_modulation(graph, operands):
+        return Reason.MODULATION
     found = _by_ways(graph, node, operands, candidates, masks)
     taken_away = graph.nodes[node].kind is Kind.SUBTRACT and getattr(found, "skip", None) == operands[1]
     # f(h) - h takes the stream away; in h + a (f(h) - h) the residual addition is the outer one.
-    return Verdict.OTHER if taken_away else found
+    return Reason.TAKEN_AWAY if taken_away else found
 
 
 def _by_ways(
     graph: Graph, node: int, operands: list[int], candidates: dict[int, ResidualAddition], masks: _Masks
-) -> ResidualAddition | Verdict:
+) -> ResidualAddition | Reason:
     """By what lies between the two operands and what both are computed from."""
     for skip, branch in (operands, operands[::-1]):
         if graph.reaches(branch, skip):
@@ -131,15 +143,38 @@ def _by_ways(
             # the start of a stream, such as the latents of a Perceiver.
             sums = [i for i in graph.consumers[skip] if graph.nodes[i].kind is Kind.ADD]
             used = graph.nodes[skip].is_data or len(sums) == 1
-            is_branch = bool(between & masks.parametrised) and used
-            return ResidualAddition(node, branch, skip, skip) if is_branch else Verdict.OTHER
+            if not used:
+                return Reason.PARAMETER
+            return ResidualAddition(node, branch, skip, skip) if between & masks.parametrised else Reason.NO_WEIGHTS
     if not all(graph.nodes[i].is_data for i in operands):
-        return Verdict.OTHER
+        return Reason.PARAMETER
     return (
         _carried_skip(graph, node, operands, candidates, masks)
         or _fed_by_another_stream(graph, node, operands, candidates, masks)
         or _short_way(graph, node, operands, masks)
     )
+
+
+def _is_modulation(graph: Graph, operands: list[int]) -> bool:
+    """``x * s + t``: s and t come from one place, and x from another."""
+    for product, shift in (operands, operands[::-1]):
+        factors = graph.data_inputs(product)
+        if graph.nodes[product].kind is not Kind.MULTIPLY or len(set(factors)) != 2:
+            continue
+        ways = [_single_way(graph, i) for i in (*factors, shift)]
+        for one, other in (ways[:2], ways[1::-1]):
+            apart = not graph.reaches(one[0], other[0]) and not graph.reaches(other[0], one[0])
+            if apart and not graph.reaches(shift, one[0]) and set(other) & set(ways[2]) - set(one):
+                return not set(one) & set(ways[2])
+    return False
+
+
+def _single_way(graph: Graph, node: int) -> list[int]:
+    """A value and what it is computed from, as far back as that is one value at a time."""
+    way = [node]
+    while len(data := graph.data_inputs(way[-1])) == 1:
+        way.append(data[0])
+    return way
 
 
 def _carried_skip(
@@ -194,11 +229,11 @@ def _comes_from_addition(graph: Graph, i: int, candidates: dict[int, ResidualAdd
     return True
 
 
-def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> ResidualAddition | Verdict:
+def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> ResidualAddition | Reason:
     """Neither operand is computed from the other: one of them may be a cast, pooled or projected skip."""
     first, second = operands
     if not graph.nodes[first].ancestors & graph.nodes[second].ancestors & masks.data:
-        return Verdict.OTHER
+        return Reason.UNRELATED
     only = [graph.only(first, second), graph.only(second, first)]
     weights = [(side & masks.weights).bit_count() for side in only]
     nonlinear = [bool(side & masks.nonlinear) for side in only]
@@ -212,12 +247,15 @@ def _short_way(graph: Graph, node: int, operands: list[int], masks: _Masks) -> R
     if all(nonlinear) and sorted(map(bool, weights)) == [False, True]:
         skip, branch = operands if weights[1] else operands[::-1]
         return ResidualAddition(node, branch, skip, skip, projection=True, fed=True, provisional=True)
-    unsure = any(nonlinear) and all(weights)
-    return Verdict.DOUBTFUL if unsure else Verdict.OTHER
+    if any(nonlinear) and all(weights):
+        return Reason.DOUBTFUL
+    return Reason.LINEAR if any(weights) else Reason.NO_WEIGHTS
 
 
-def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set[int]) -> list[ResidualAddition]:
-    """Candidates, outermost first, less those that only look residual.
+def _accept(
+    graph: Graph, candidates: dict[int, ResidualAddition], declared: set[int], reasons: dict[int, Reason]
+) -> list[ResidualAddition]:
+    """Candidates, outermost first, less those that only look residual, whose reasons are noted.
 
     An addition inside an accepted branch must have a skip that is computed from that branch's own start: a bias that
     all layers add to their attention scores reaches later scores through the stream, but comes from outside. (So does
@@ -230,16 +268,18 @@ def _accept(graph: Graph, candidates: dict[int, ResidualAddition], declared: set
         candidate = candidates[node]
         outside = [outer for outer in accepted if outer.start < node and not outer.projection]
         around = [outer for outer in outside if _is_inside(graph, node, outer)]
-        if not any(
-            (not graph.reaches(candidate.start, outer.start) and node not in linked)
-            or (candidate.projection and not candidate.fed and _ends_in(graph, outer, node))
-            for outer in around
-        ):
+        if any(not graph.reaches(candidate.start, outer.start) and node not in linked for outer in around):
+            reasons[node] = Reason.FROM_OUTSIDE
+        elif any(candidate.projection and not candidate.fed and _ends_in(graph, outer, node) for outer in around):
+            reasons[node] = Reason.PARALLEL
+        else:
             accepted.append(candidate)
-    nodes = {residual.node for residual in accepted}
-    kept = [r for r in accepted if r.branch in declared or not _is_long_skip(graph, r, nodes, linked)]
+    skips = {residual.node: residual.skip for residual in accepted}
+    long = {r.node for r in accepted if r.branch not in declared and _is_long_skip(graph, r, skips, linked)}
+    kept = [r for r in accepted if r.node not in long]
     collecting = _collecting(graph, kept)
     kept = [r for r in kept if r.branch in declared or r.node not in collecting]
+    reasons |= dict.fromkeys(long, Reason.LONG_SKIP) | dict.fromkeys(collecting - long, Reason.COLLECTS)
     return sorted(kept, key=lambda r: graph.additions[r.node].ordinal if r.node in graph.additions else r.node)
 
 
@@ -302,14 +342,29 @@ def _ends_in(graph: Graph, outer: ResidualAddition, node: int) -> bool:
     return bool(nearest_additions(graph, outer.branch, {node}, stop=outer.start))
 
 
-def _is_long_skip(graph: Graph, residual: ResidualAddition, nodes: set[int], linked: set[int]) -> bool:
+def _is_long_skip(graph: Graph, residual: ResidualAddition, skips: Mapping[int, int], linked: set[int]) -> bool:
     """Whether the "branch" is itself a stream: U-Net, feature pyramid, or a skip around a whole body."""
+    nodes = set(skips)
     nearest = nearest_additions(graph, residual.branch, nodes, stop=residual.start)
     if residual.projection:
         only = graph.only(residual.branch, residual.skip)
         inside = {node for node in nodes if only >> node & 1}
         return bool(inside & set(nearest)) or (residual.node not in linked and bool(inside & linked or nearest))
-    return any(graph.reaches(node, residual.start) and node != residual.start for node in nearest)
+    later = [node for node in nearest if graph.reaches(node, residual.start) and node != residual.start]
+    return any(not _begins_inside(graph, node, residual.start, skips) for node in later)
+
+
+def _begins_inside(graph: Graph, node: int, start: int, skips: Mapping[int, int]) -> bool:
+    """Whether the stream of an addition begins with weights after ``start``, as in ``x + stream(stem(x))``."""
+    pending, seen = [node], {node}
+    while pending:
+        skip = skips[pending.pop()]
+        if not graph.reaches(skip, start) or nearest_additions(graph, skip, {start}):
+            return False
+        before = set(nearest_additions(graph, skip, set(skips), stop=start)) - seen
+        pending.extend(before)
+        seen |= before
+    return True
 
 
 def nearest_additions(graph: Graph, node: int, nodes: set[int], *, stop: int = -1, within: int = 0) -> list[int]:
@@ -335,10 +390,7 @@ def _is_beside(graph: Graph, node: int, residual: int) -> bool:
 def _declared(graph: Graph, node: int, operands: list[int], waiting: dict[int, str]) -> ResidualAddition | None:
     """The addition as declared, if one operand is what a declared module returned, but for linear steps after it."""
     for skip, branch in (operands, operands[::-1]):
-        i, steps = branch, [branch]
-        while i not in waiting and graph.nodes[i].kind.is_linear and len(graph.data_inputs(i)) == 1:
-            i = graph.data_inputs(i)[0]
-            steps.append(i)
+        i = next((step for step in linear_way(graph, branch) if step in waiting), -1)
         if i in waiting and graph.reaches(skip, branch):
             raise TracingError(
                 f"{waiting[i]}: declared as a branch, but what it is added to is computed from what it returns: it is "

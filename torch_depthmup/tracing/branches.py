@@ -7,27 +7,49 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import nn
 
-from torch_depthmup.errors import AmbiguousBranchError, TracingError
 from torch_depthmup.modules import Residual
-from torch_depthmup.running import unwrap
-from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions, nested_in, residual_additions
+from torch_depthmup.running import unwrap, without_numbers
+from torch_depthmup.tables import Table, columns, fold_names
+from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions
+from torch_depthmup.tracing.choosing import (
+    Pattern,
+    declared_nodes,
+    matching,
+    owners_of,
+    owners_of_sum,
+    refuse_doubtful,
+)
 from torch_depthmup.tracing.graph import Graph, record
 from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
+from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
+from torch_depthmup.tracing.streams import loose_matrices, sides_of, streams_of
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
-__all__ = ["Branch", "Pattern", "Producer", "Site", "Trace", "TracedBranch", "find_branches", "roles", "trace"]
+__all__ = [
+    "Branch",
+    "Found",
+    "LeftAlone",
+    "Pattern",
+    "Site",
+    "left_alone_rows",
+    "Trace",
+    "TracedBranch",
+    "find_branches",
+    "roles",
+    "trace",
+]
 
-Pattern = str | type[nn.Module]
-"""A name pattern (``fnmatch``, over module names) or a module class."""
+
+Side = Literal["inner", "outer"]
+SIDES: tuple[Side, Side] = ("inner", "outer")
 
 
 @dataclass(frozen=True)
@@ -67,15 +89,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Producer:
-    """A call of a module that returns a value: the module's name, which of its calls, and which tensor it returned."""
-
-    module: str
-    call: int
-    output: int
-
-
-@dataclass(frozen=True)
 class TracedBranch:
     """A branch with what carrying a plan out needs to know of the forward pass.
 
@@ -85,12 +98,57 @@ class TracedBranch:
         summands: the values that it is the sum of - one, unless no module returns their sum - and for each of them the
             modules that return it, up to linear operations after them.
         nested: the indices of the branches inside it.
+        is_tapped: whether what its carrier gives is used for something else besides the addition.
+        sides: the side of each parameter in it, with those of the branches inside it.
     """
 
     branch: Branch
     site: Site | None
     summands: tuple[tuple[Producer, ...], ...]
     nested: tuple[int, ...]
+    is_tapped: bool
+    sides: Mapping[str, Side]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Sums that are no residual additions.
+
+    Args:
+        place: the module that was running, with ``*`` for the numbers of blocks; empty for the model itself.
+        count: how many of them there are.
+        reason: why they are left alone.
+    """
+
+    place: str
+    count: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_branches` finds with ``explain=True``. ``print`` gives a table.
+
+    Args:
+        branches: the branches, in forward order.
+        left_alone: all other sums, with the reason for each kind.
+    """
+
+    branches: tuple[Branch, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def __str__(self) -> str:
+        cells: dict[str, tuple[str, ...]] = {b.name: (f"{b.stream}", b.skip, f"{b.levels}") for b in self.branches}
+        branches = columns(("branch", "stream", "skip", "levels"), fold_names(cells))
+        return "\n".join([*branches, "", *columns(*left_alone_rows(self.left_alone))])
+
+
+def left_alone_rows(left_alone: Sequence[LeftAlone]) -> Table:
+    """The sums that are no residual additions, for a table."""
+    rows: list[tuple[str, tuple[str, ...]]] = [
+        (left.place or "the model", (f"{left.count}", left.reason.value)) for left in left_alone
+    ]
+    return ("sums in", "number", "why they are left alone"), rows
 
 
 @dataclass(frozen=True)
@@ -107,6 +165,8 @@ class Trace:
             excluded.
         uses: what the network does with each parameter.
         trunk: the parameters of norms on a residual stream itself, with the stream.
+        functions: names of the user's autograd Functions, which may hide sums.
+        left_alone: all other sums, with the reason for each kind.
     """
 
     traced: tuple[TracedBranch, ...] = ()
@@ -116,6 +176,8 @@ class Trace:
     loose: frozenset[str] = frozenset()
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     trunk: Mapping[str, int] = field(default_factory=dict)
+    functions: tuple[str, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -123,15 +185,16 @@ class Trace:
         return tuple(traced.branch for traced in self.traced)
 
 
-def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Literal["inner", "outer"]]]:
+def roles(branches: Sequence[Branch]) -> dict[str, tuple[int, Side]]:
     """Each parameter's branch, by its index in ``branches``, and its side there. Parameters outside are not in it."""
-    found: dict[str, tuple[int, Literal["inner", "outer"]]] = {}
+    found: dict[str, tuple[int, Side]] = {}
     for i, branch in enumerate(branches):
         found |= dict.fromkeys(branch.inner, (i, "inner"))
         found |= dict.fromkeys(branch.outer, (i, "outer"))
     return found
 
 
+@overload
 def find_branches(
     model: nn.Module,
     example_inputs: Any,
@@ -139,7 +202,27 @@ def find_branches(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
-) -> tuple[Branch, ...]:
+    explain: Literal[False] = False,
+) -> tuple[Branch, ...]: ...
+@overload
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+    explain: Literal[True],
+) -> Found: ...
+def find_branches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern | None = None,
+    branches: Sequence[Pattern] | Pattern | None = None,
+    explain: bool = False,
+) -> tuple[Branch, ...] | Found:
     """The residual branches of a model, in forward order, read off one forward pass. The model stays as it was.
 
     Args:
@@ -149,9 +232,10 @@ def find_branches(
         exclude: name patterns or module classes; branches of modules that match are left out.
         branches: name patterns or module classes that are declared to be branches: what such a module returns is
             added to a skip, whatever the addition looks like.
+        explain: say of every other sum why it is left alone, too.
 
     Returns:
-        The branches; an empty tuple where the network has none.
+        The branches; an empty tuple where the network has none. With ``explain``, a `Found`.
 
     Raises:
         TracingError: the forward pass fails or hides its graph, a pattern matches nothing, or a declared branch is
@@ -173,7 +257,8 @@ def find_branches(
     >>> [(branch.name, branch.levels, branch.carrier) for branch in branches]
     [('0', 2, ('0.down.weight', '0.down.bias')), ('1', 2, ('1.down.weight', '1.down.bias'))]
     """
-    return trace(model, example_inputs, include=include, exclude=exclude, branches=branches).branches
+    found = trace(model, example_inputs, include=include, exclude=exclude, branches=branches)
+    return Found(found.branches, found.left_alone) if explain else found.branches
 
 
 def trace(
@@ -183,30 +268,44 @@ def trace(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
+    like: Trace | None = None,
 ) -> Trace:
-    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors."""
+    """`find_branches` with what carrying a plan out needs besides; same arguments, same errors.
+
+    A stream inside a branch that ``like`` has is one here too, even if it has a single addition.
+    """
     model = unwrap(model)
-    chosen = [_matching(model, patterns) for patterns in (include, exclude, branches)]
+    included, excluded, declared = (matching(model, patterns) for patterns in (include, exclude, branches))
     graph = record(model, example_inputs)
-    declared = set(chosen[2] or ()) | {
+    declared = (declared or set()) | {
         f"{name}.branch".lstrip(".") for name, module in model.named_modules() if isinstance(module, Residual)
     }
-    found, doubtful = residual_additions(graph, _declared_nodes(graph, declared))
+    found, reasons = residual_additions(graph, declared_nodes(graph, declared))
     _describe(graph, found)
-    found = _without_inner_steps(graph, found)
+    all_found = {residual.node for residual in found}
+    found = _without_inner_steps(graph, found, _nested_kinds(like))
     _describe(graph, found)
     names = _unique([residual.parts.owner for residual in found])
-    loose = _loose_matrices(graph, found, chosen[1] or set())
+    loose = loose_matrices(graph, found, excluded or set())
 
-    def kept(name: str, node: int) -> bool:
-        owners = _owners(graph, name, node)
-        inside = chosen[0] is None or any(owner in chosen[0] for owner in owners)
-        return inside and not any(owner in (chosen[1] or ()) for owner in owners)
+    def kept(owners: set[str]) -> bool:
+        return (included is None or bool(owners & included)) and not owners & (excluded or set())
 
-    keep = [i for i, residual in enumerate(found) if kept(names[i], residual.node)]
+    reasons |= dict.fromkeys(all_found - {residual.node for residual in found}, Reason.LONE)
+    keep = [i for i, residual in enumerate(found) if kept(owners_of(graph, names[i], residual.node))]
+    reasons |= {found[i].node: Reason.CHOSEN for i in range(len(found)) if i not in keep}
     found, names = [found[i] for i in keep], [names[i] for i in keep]
-    _refuse_doubtful([node for node in doubtful if kept("", node)], graph)
-    return dataclasses.replace(_assemble(graph, found, names), loose=loose)
+    doubtful = [node for node, reason in reasons.items() if reason is Reason.DOUBTFUL]
+    refuse_doubtful(graph, [node for node in doubtful if kept(owners_of_sum(graph, node))])
+    reasons |= dict.fromkeys(doubtful, Reason.CHOSEN)
+    return dataclasses.replace(_assemble(graph, found, names), loose=loose, left_alone=_left_alone(graph, reasons))
+
+
+def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone, ...]:
+    """The sums by their places, with numbers of blocks left out, and by their reasons."""
+    places = (graph.additions[node].modules[-1] if node in graph.additions else "" for node in sorted(reasons))
+    kinds = [(without_numbers(at).replace("#", "*"), reasons[i]) for at, i in zip(places, sorted(reasons), strict=True)]
+    return tuple(LeftAlone(place, count, reason) for (place, reason), count in Counter(kinds).items())
 
 
 def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
@@ -224,20 +323,31 @@ def _describe(graph: Graph, found: list[ResidualAddition]) -> None:
         residual.parts = describe(graph, bounds)
 
 
-def _without_inner_steps(graph: Graph, found: list[ResidualAddition]) -> list[ResidualAddition]:
-    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch."""
-    streams = _streams(graph, found)
+def _nested_kinds(like: Trace | None) -> set[str]:
+    """The names without numbers of branches inside of branches."""
+    traced = () if like is None else like.traced
+    return {without_numbers(traced[i].branch.name) for outer in traced for i in outer.nested}
+
+
+def _without_inner_steps(graph: Graph, found: list[ResidualAddition], kinds: set[str]) -> list[ResidualAddition]:
+    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch.
+
+    Those whose kind is in ``kinds`` are a stream of which one addition is left.
+    """
+    streams = streams_of(graph, found)
     return [
         residual
         for residual, stream in zip(found, streams, strict=True)
-        if streams.count(stream) > 1 or not any(residual.node in outer.parts.nodes for outer in found)
+        if streams.count(stream) > 1
+        or without_numbers(residual.parts.owner) in kinds
+        or not any(residual.node in outer.parts.nodes for outer in found)
     ]
 
 
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
-    streams, returned = _streams(graph, found), _returned(graph)
+    streams, returned = streams_of(graph, found), returned_by(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
-    sides, shared = _sides(graph, found, names, streams)
+    sides, shared = sides_of(graph, found, names, streams)
     traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
@@ -255,14 +365,17 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
             carrier=carrier if set(carrier) <= {*inner, *outer} else (),
         )
         nested = (j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
-        summands = _summands(graph, residual.branch, residual.parts.nodes, returned)
-        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested)))
+        summands = summands_of(graph, residual.branch, residual.parts.nodes, returned)
+        is_tapped = _is_tapped(graph, residual, frozenset(branch.carrier))
+        whole = {name: SIDES[side] for name, side in residual.parts.sides.items() if name in sides}
+        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), is_tapped, whole))
     return Trace(
         traced=tuple(traced),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
         shared=shared,
         reached=frozenset().union(*(node.weights for node in graph.nodes)),
         uses=uses_of(graph),
+        functions=tuple(dict.fromkeys(node.function for node in graph.nodes if node.function)),
         trunk=trunk_parameters(
             graph,
             {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
@@ -275,146 +388,6 @@ def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
     """Whether the shortcut has weight operations of its own."""
     only = graph.only(residual.skip, residual.branch)
     return residual.projection and any(node.is_weight_operation and only >> i & 1 for i, node in enumerate(graph.nodes))
-
-
-def _refuse_doubtful(doubtful: Iterable[int], graph: Graph) -> None:
-    for node in doubtful:
-        addition = graph.additions.get(node)
-        where = next((name for name in reversed(addition.modules) if name), "") if addition else ""
-        raise AmbiguousBranchError(
-            f"{where or 'the model'}: the sum of two nonlinear paths has no skip that could be told from the branch. "
-            f"Name the branch: branches=['{where + '.' if where else ''}<module whose output it is>'], or leave the "
-            f"sum alone: exclude=['{where or '*'}']"
-        )
-
-
-# Declared branches and overrides
-
-
-def _matching(model: nn.Module, patterns: Sequence[Pattern] | Pattern | None) -> set[str] | None:
-    """Names of the modules that match, with everything below them."""
-    if patterns is None:
-        return None
-    matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
-        if isinstance(pattern, type):
-            hits = {name for name, module in model.named_modules() if isinstance(module, pattern)}
-        else:
-            hits = {name for name, _ in model.named_modules() if fnmatch.fnmatchcase(name, pattern)}
-        if not hits:
-            raise TracingError(f"no module of {type(model).__name__} matches {pattern!r}. See model.named_modules()")
-        matched |= hits
-    return matched
-
-
-def _owners(graph: Graph, name: str, node: int) -> set[str]:
-    """The branch's name, the modules that were running at its addition, and all modules above them."""
-    running = graph.additions[node].modules[1:] if node in graph.additions else ()
-    path = re.sub(r"#\d+$", "", name)
-    parts = path.split(".") if path else []
-    return {".".join(parts[: i + 1]) for i in range(len(parts))} | set(running)
-
-
-def _declared_nodes(graph: Graph, declared: set[str]) -> dict[int, str]:
-    nodes: dict[int, str] = {}
-    for name in declared:
-        for outputs in graph.outputs_of.get(name, ()):
-            nodes.update({node: name for node in outputs[:1] if node >= 0})
-    return nodes
-
-
-# Streams, sides and names
-
-
-def _streams(graph: Graph, found: list[ResidualAddition]) -> list[int]:
-    """The stream of each addition: that of the additions its skip comes from, else a new one."""
-    stream_of: dict[int, int] = {}
-    nodes = {residual.node for residual in found}
-    streams = []
-    # A branch that contains residual additions holds a stream of its own.
-    holder = {
-        inner.node: min(
-            (o for o in found if inner.node in o.parts.nodes), key=lambda o: len(o.parts.nodes), default=None
-        )
-        for inner in found
-    }
-    for residual in found:
-        only = graph.only(residual.skip, residual.branch) if residual.projection else 0
-        before = [
-            node
-            for node in nearest_additions(graph, residual.skip, nodes, within=only)
-            if node in stream_of and holder[node] is holder[residual.node]
-        ]
-        stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
-        streams.append(stream_of[residual.node])
-    return streams
-
-
-def _sides(
-    graph: Graph, found: list[ResidualAddition], names: list[str], streams: list[int]
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
-    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the tied weights."""
-    users: dict[str, dict[int, int]] = {}
-    inside: set[int] = set()
-    for i, residual in enumerate(found):
-        inside |= residual.parts.nodes
-        for name, side in residual.parts.sides.items():
-            users.setdefault(name, {})[i] = side
-    elsewhere: set[str] = set()
-    for i, node in enumerate(graph.nodes):
-        if node.is_data and i not in inside:
-            elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
-    sides: dict[str, tuple[int, int]] = {}
-    for name, at in users.items():
-        innermost = min(at, key=lambda i: len(found[i].parts.nodes))
-        nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
-        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
-            sides[name] = (innermost, at[innermost])
-    shared = users.keys() - sides.keys()
-    # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
-    # parameter is shared is one matrix at several depths.
-    factors = set().union(*(residual.parts.factors for residual in found))
-    tied = {name for factor in factors if factor <= shared for name in factor}
-    return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
-
-
-def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
-    """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
-
-    Joint attention has queries, keys and values of two streams in the branches of both.
-    """
-    if len(set(at.values())) > 1:
-        return False
-    from_one_place = len({found[i].start for i in at}) == 1
-    depths = {streams.count(streams[i]) for i in at}
-    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
-
-
-def _loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:
-    """Matrices that are used outside all residual branches, chosen by the user or not, and outside their shortcuts."""
-    accounted: set[int] = set().union(*(residual.parts.nodes for residual in found))
-    for residual in found:
-        if residual.projection:
-            accounted |= set(_indices(graph.only(residual.skip, residual.branch)))
-    inside, outside = set[str](), set[str]()
-    for i, node in enumerate(graph.nodes):
-        if node.is_weight_operation:
-            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
-            (inside if i in accounted else outside).update(used)
-    return frozenset(name for name in outside - inside if not excluded & set(_above(name)))
-
-
-def _indices(bits: int) -> Iterator[int]:
-    """The positions of the ones in a bit set."""
-    while bits:
-        yield (bits & -bits).bit_length() - 1
-        bits &= bits - 1
-
-
-def _above(name: str) -> list[str]:
-    """The modules that hold a parameter or a module, from the outermost on."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts) - 1)]
 
 
 def _unique(owners: list[str]) -> list[str]:
@@ -431,41 +404,16 @@ def _site(graph: Graph, residual: ResidualAddition) -> Site | None:
     return Site(addition.number, addition.operands.index(residual.branch))
 
 
-def _returned(graph: Graph) -> dict[int, list[Producer]]:
-    """For each node the modules that return it."""
-    returned: dict[int, list[Producer]] = {}
-    for name, outputs in graph.outputs_of.items():
-        for call, nodes in enumerate(outputs):
-            for index, node in enumerate(nodes):
-                if name and node >= 0:
-                    returned.setdefault(node, []).append(Producer(name, call, index))
-    return returned
-
-
-def _summands(
-    graph: Graph, node: int, inside: frozenset[int], returned: dict[int, list[Producer]]
-) -> tuple[tuple[Producer, ...], ...]:
-    """What a multiplier can be hung on, walking back from the branch's value over linear operations."""
-    found: list[Producer] = []
-    while node in inside:
-        found += returned.get(node, ())
-        data = graph.data_inputs(node)
-        if not _keeps_multiples(graph, node) or any(len(graph.consumers[i]) != 1 for i in data):
-            break
-        if len(data) > 1:
-            sides = [] if found else [_summands(graph, i, inside, returned) for i in data]
-            return tuple(group for side in sides for group in side) if sides and all(sides) else _group(found)
-        node = data[0]
-    return _group(found)
-
-
-def _group(found: list[Producer]) -> tuple[tuple[Producer, ...], ...]:
-    return (tuple(found),) if found else ()
-
-
-def _keeps_multiples(graph: Graph, node: int) -> bool:
-    """Whether a multiple of a node's data operands gives the same multiple of its value."""
-    data = graph.data_inputs(node)
-    if not data or graph.nodes[node].is_weight_operation or not graph.nodes[node].kind.is_linear:
-        return False
-    return len(data) == (2 if graph.nodes[node].kind.is_sum else 1)
+def _is_tapped(graph: Graph, residual: ResidualAddition, carrier: frozenset[str]) -> bool:
+    """Whether something outside a branch takes a value between its carrier and its addition."""
+    nodes = residual.parts.nodes
+    pending = [i for i in nodes if any(carrier & graph.nodes[j].weights for j in graph.weight_inputs(i))]
+    seen = set(pending)
+    while pending:
+        i = pending.pop()
+        following = {j for j in graph.consumers[i] if not (j == residual.node and i == residual.branch)}
+        if i in graph.outputs or following - nodes:
+            return True
+        pending.extend(following - seen)
+        seen |= following
+    return False

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch_depthmup.errors import AmbiguousBranchError
 from torch_depthmup.tracing.branches import Branch, Trace, roles
 
-__all__ = ["check_census"]
+__all__ = ["check_census", "check_parts"]
 
 MANY = 3  # weights of one kind that repeat, where there is no base to compare with
 
@@ -29,30 +29,48 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
         AmbiguousBranchError: it names a weight, what is odd about it, and what to write.
     """
     layers = _layer_numbers(trace.branches)
-    parts: dict[str, dict[str, str]] = {}
-    for name, (_, side) in roles(trace.branches).items():
-        parts.setdefault(_kind(name, layers), {})[name] = side
-    for members in parts.values():
-        _refuse_unlike(members)
+    parts = _parts(trace, layers)
     outside = _counted(trace.loose, layers)
     there = {} if base is None else _counted(base.loose, _layer_numbers(base.branches))
     repeated = {len(members) for members in parts.values() if len(members) >= MANY}
     for kind, names in outside.items():
         if base is not None and len(names) > len(there.get(kind, ())):
-            _refuse(names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base")
+            _refuse(
+                trace, names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base"
+            )
         if base is None and kind in parts:
             other = next(iter(parts[kind]))
-            _refuse(names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
+            _refuse(trace, names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
         if base is None and any(len(names) % count == 0 for count in repeated):
-            _refuse(names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
+            _refuse(trace, names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
 
 
-def _refuse(name: str, why: str) -> None:
+def check_parts(trace: Trace) -> None:
+    """Refuses a trace in which weights of one place play one part in one block and another part in the next.
+
+    Raises:
+        AmbiguousBranchError: it names two of them.
+    """
+    for members in _parts(trace, _layer_numbers(trace.branches)).values():
+        _refuse_unlike(members)
+
+
+def _parts(trace: Trace, layers: frozenset[str]) -> dict[str, dict[str, str]]:
+    """For each kind of weight in branches its members and their sides."""
+    parts: dict[str, dict[str, str]] = {}
+    for name, (_, side) in roles(trace.branches).items():
+        parts.setdefault(_kind(name, layers), {})[name] = side
+    return parts
+
+
+def _refuse(trace: Trace, name: str, why: str) -> None:
     pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name.rpartition(".")[0]) or "*"
+    hidden = "its sum is written in a way that does not show (a fused operation, logaddexp, a product with a constant)"
+    if trace.functions:
+        hidden = f"{' or '.join(trace.functions[:3])}, an autograd Function, holds its sum"
     raise AmbiguousBranchError(
-        f"{name} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps its "
-        "sum is written in a way that does not show (a fused operation, lerp, addcmul, stack and sum). Write it with "
-        f"+, or, if these weights are meant to stay as they are, exclude=['{pattern}']"
+        f"{name} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps "
+        f"{hidden}. Write it with +, or, if these weights are meant to stay as they are, exclude=['{pattern}']"
     )
 
 

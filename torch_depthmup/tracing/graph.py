@@ -6,6 +6,7 @@ This room knows tensors, modules and autograd nodes, and no residual branches: `
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class Node:
         is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
         is_scalar: whether its value is a single number.
         shape: of its value.
+        function: the name of the user's autograd Function, if it is one.
     """
 
     kind: Kind
@@ -57,6 +59,7 @@ class Node:
     is_weight_operation: bool
     is_scalar: bool
     shape: tuple[int, ...] = ()
+    function: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Graph:
         consumers: for each node the indices of the nodes that it is an operand of.
         additions: the additions written in Python, by node.
         outputs_of: for each call of a module the nodes of what it returned, ``-1`` for what is not in the graph.
+        outputs: the nodes of what the model returned.
     """
 
     nodes: tuple[Node, ...]
     consumers: tuple[tuple[int, ...], ...]
     additions: Mapping[int, Addition]
     outputs_of: Mapping[str, list[list[int]]]
+    outputs: frozenset[int]
 
     def reaches(self, node: int, ancestor: int) -> bool:
         """Whether ``ancestor`` is ``node`` or one of its ancestors."""
@@ -125,14 +130,23 @@ class _Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        def enter(module: nn.Module, _: Any) -> None:
-            self.stack.append(self.names.get(id(module), ""))
+        thread = threading.get_ident()
 
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
+        def enter(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread:
+                self.stack.append(self.names.get(id(module), ""))
+
+        def leave(module: nn.Module, _: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None
             self.stack.pop()
+            if isinstance(module, nn.Identity) and isinstance(output, Tensor):
+                # A value of its own, so that what takes it can be told from what takes the identity's input.
+                output = output.view_as(output)
             if id(module) in self.names:
                 outputs = output if isinstance(output, tuple | list) else (output,)
                 self.returned.append((self.names[id(module)], [_producers(value) for value in outputs]))
+            return output
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enter),
@@ -155,6 +169,8 @@ def _producer(value: Any) -> Edge | None:
     # Where autograd does not record, as inside of a custom Function's forward, a view of a weight has no node.
     if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
         return None
+    if value.grad_fn is None and value._is_view():
+        return None  # of a parameter, inside a custom function: it has no part in the graph
     edge = torch.autograd.graph.get_gradient_edge(value)
     return edge.node, edge.output_nr
 
@@ -210,7 +226,7 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
                 f"{type(model).__name__} returned no tensor that depends on its parameters with a gradient. Do not run "
                 "it under torch.no_grad inside forward, and return the output tensors"
             )
-        return _build(_topological(roots), model, recorder)
+        return _build(_topological(roots), roots, model, recorder)
 
 
 def _topological(roots: list[Edge]) -> list[Edge]:
@@ -233,7 +249,7 @@ def _operands(edge: Edge) -> list[Edge]:
     return [next_ for next_ in edge[0].next_functions if next_[0] is not None]
 
 
-def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
+def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
     index: dict[Edge, int] = {}
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
@@ -242,11 +258,8 @@ def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
         for kind, inputs in _steps(edge, nodes, index, recorder.writes):
             nodes.append(_node(kind, inputs, edge[0], nodes, parameters, ndims))
         index[edge] = len(nodes) - 1
-    consumers: list[list[int]] = [[] for _ in nodes]
-    for i, node in enumerate(nodes):
-        for j in node.inputs:
-            if j >= 0:
-                consumers[j].append(i)
+    outputs = frozenset(index[root] for root in roots)
+    consumers = _consumers(nodes, outputs)
     additions = {}
     for ordinal, (number, result, operands, modules) in enumerate(recorder.additions):
         if result is None or result not in index or not nodes[index[result]].kind.is_sum:
@@ -261,7 +274,18 @@ def _build(order: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
         outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
-    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of)
+    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of, outputs)
+
+
+def _consumers(nodes: list[Node], outputs: frozenset[int]) -> list[list[int]]:
+    """For each node those that take it, but for what nothing takes in turn: a stack that is read as a sum."""
+    consumers: list[list[int]] = [[] for _ in nodes]
+    for i in range(len(nodes) - 1, -1, -1):
+        if consumers[i] or i in outputs:
+            for j in nodes[i].inputs:
+                if j >= 0:
+                    consumers[j].append(i)
+    return [taking[::-1] for taking in consumers]
 
 
 def _steps(
@@ -305,13 +329,18 @@ def _index(index: Mapping[Edge, int], edge: Edge | None, base: Edge | None) -> i
 
 
 def _stacked(autograd_node: Any) -> Any:
-    """The stack of two tensors that a sum over its new dimension undoes."""
+    """The stack of two tensors that a sum over its new dimension undoes, at most with its dimensions in other order."""
     before = autograd_node.next_functions[0][0]
     dims: tuple[int, ...] = getattr(autograd_node, "_saved_dim", None) or ()
-    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2 or len(dims) != 1:
+    if len(dims) != 1 or autograd_node._saved_keepdim:
         return None
-    ndim = len(autograd_node._input_metadata[0].shape) + (not autograd_node._saved_keepdim)
-    return before if dims[0] % ndim == before._saved_dim % ndim and not autograd_node._saved_keepdim else None
+    ndim = len(autograd_node._input_metadata[0].shape) + 1
+    dim = dims[0] % ndim
+    if type(before).__name__ == "PermuteBackward0":
+        dim, before = before._saved_dims[dim] % ndim, before.next_functions[0][0]
+    if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2:
+        return None
+    return before if dim == before._saved_dim % ndim else None
 
 
 def _node(
@@ -341,6 +370,7 @@ def _node(
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
         is_scalar=_is_scalar(autograd_node),
         shape=_shape(autograd_node),
+        function=type(autograd_node).__name__.removesuffix("Backward") if kind is Kind.CUSTOM else "",
     )
 
 

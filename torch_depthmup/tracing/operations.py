@@ -89,7 +89,7 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.DIVIDE, rf"Div{_SUFFIX}"),
     (
         Kind.MATRIX_PRODUCT,
-        r"_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|GroupedMm|ScaledMm|ScaledGroupedMm)Backward\d*",
+        r"_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|Trilinear|GroupedMm|ScaledMm|ScaledGroupedMm)Backward\d*",
     ),
     (Kind.CONVOLUTION, r"_?\w*Conv(olution)?\w*Backward\d*"),
     (Kind.RECURRENT, r"\w*(Rnn|Lstm|Gru)\w*Backward\d*"),
@@ -196,6 +196,12 @@ class Sums:
             if isinstance(over, int) and over % args[0].ndim == dim and not kwargs.get("keepdim"):
                 part = 0.5 if name == "mean" else 1.0
                 return lambda: (first * part, second * part)
+
+        if name == "einsum" and len(args) == 2 and isinstance(args[1], Tensor) and args[1] in self.stacked:
+            pair, dim = self.stacked[args[1]]
+            before, _, after = str(args[0]).replace(" ", "").partition("->")
+            if after == before[:dim] + before[dim + 1 :] and len(set(before)) == len(before) == args[1].ndim:
+                return lambda: pair
         return None
 
     def number(self, func: Callable) -> Number:

@@ -27,6 +27,7 @@ class AtAdditions(TorchFunctionMode):
     def __init__(self, found: Trace):
         super().__init__()
         self.sites = {t.site.number: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
+        self.rounding = 0.0  # the largest rounding error among the dtypes that occur in the pass
         self.sums = Sums()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -37,6 +38,8 @@ class AtAdditions(TorchFunctionMode):
             position, branch = site
             return self.meet(branch, position, operands(), func, args, kwargs)
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype.is_floating_point:
+            self.rounding = max(self.rounding, torch.finfo(result.dtype).eps)
         self.sums.note(func, args, kwargs, result)
         return result
 
@@ -56,7 +59,7 @@ class Meter(AtAdditions):
         value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
         if value is None:
             return func(*args, **kwargs)
-        if func.__name__.removesuffix("_") in (*FUSED, "sum", "mean"):
+        if func.__name__.removesuffix("_") in (*FUSED, "sum", "mean", "einsum"):
             result = operands[1 - position] + value
             if not func.__name__.endswith("_"):
                 return result

@@ -28,7 +28,7 @@ def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: in
         queries = noise(count, size[side])
         if repeat and seen[side]:  # a query in the span of earlier ones, and one almost in it
             queries[:, 0] = 2 * seen[side][-1][0][:, 0]
-        seen[side].append((queries, getattr(matrix, side)(queries).value))
+        seen[side].append((queries, getattr(matrix, side)(queries)))
     tolerance = 64 * 200 * torch.finfo(dtype).eps
     for q, wq in seen["right"]:
         for p, wtp in seen["left"]:
@@ -42,8 +42,8 @@ def test_products_are_linear(coupling, seed: int) -> None:
     matrix = GaussianMatrix(50, 40, noise, std=0.2, coupling=coupling)
     a, b = noise(2, 40), noise(2, 40)
     matrix.left(noise(2, 50))
-    wa, wb = matrix.right(a).value, matrix.right(b).value
-    torch.testing.assert_close(matrix.right(3 * a - b).value, 3 * wa - wb)
+    wa, wb = matrix.right(a), matrix.right(b)
+    torch.testing.assert_close(matrix.right(3 * a - b), 3 * wa - wb)
 
 
 def test_the_law_is_that_of_a_dense_matrix() -> None:
@@ -58,7 +58,7 @@ def test_the_law_is_that_of_a_dense_matrix() -> None:
 
     q = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(draws, 1, n)
     matrix = GaussianMatrix(n, n, Noise(range(draws), dtype=torch.float64), std=n**-0.5)
-    ours = chain(lambda x: matrix.right(x).value, lambda x: matrix.left(x).value, q)
+    ours = chain(lambda x: matrix.right(x), lambda x: matrix.left(x), q)
     dense = torch.randn(draws, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / math.sqrt(n)
     theirs = chain(lambda x: x @ dense.mT, lambda x: x @ dense, q)
     for x in (ours, theirs):
@@ -77,8 +77,8 @@ def test_decoupled_left_products_know_nothing_of_the_right_ones() -> None:
     values = {}
     for coupling in ("reused", "decoupled"):
         matrix = GaussianMatrix(16, 16, Noise(range(9000, 12000), dtype=torch.float64), std=0.25, coupling=coupling)
-        a = matrix.right(q).value
-        values[coupling] = torch.bmm(matrix.left(a).value, q.mT).flatten() / 16
+        a = matrix.right(q)
+        values[coupling] = torch.bmm(matrix.left(a), q.mT).flatten() / 16
     assert float(values["reused"].mean()) == pytest.approx(1.0, abs=0.05)  # <W^T W q, q> = |W q|^2
     assert abs(float(values["decoupled"].mean())) < 4 * float(values["decoupled"].std()) / math.sqrt(3000)
 
@@ -86,3 +86,33 @@ def test_decoupled_left_products_know_nothing_of_the_right_ones() -> None:
 def test_a_seeds_numbers_do_not_depend_on_its_neighbours() -> None:
     alone, together = Noise([5], dtype=torch.float32), Noise([3, 5], dtype=torch.float32)
     assert torch.equal(alone(2, 4)[0], together(2, 4)[1])
+
+
+@pytest.mark.parametrize("speed", [1e-3, 1e-1, 1.0])
+def test_queries_that_move_slowly_stay_exact(speed: float) -> None:
+    """Features of successive training steps: what is new in them is small beside what is known."""
+    noise = Noise([0, 1], dtype=torch.float32)
+    matrix = GaussianMatrix(400, 500, noise, std=1 / 20)
+    q, p, rights, lefts = noise(4, 500), noise(4, 400), [], []
+    for _ in range(20):
+        rights.append((q, matrix.right(q)))
+        lefts.append((p, matrix.left(p)))
+        q, p = q + speed * noise(4, 500), p + speed * noise(4, 400)
+    for side in (matrix.right_side, matrix.left_side):
+        gram = torch.bmm(side.queries, side.queries.mT)
+        assert float((gram - torch.eye(side.count)).abs().max()) < 1e-4
+    ours, theirs = (torch.cat(x, 1) for x in (list(zip(*rights, strict=True))[1], list(zip(*lefts, strict=True))[0]))
+    other = torch.cat([value for _, value in lefts], 1)
+    assert (
+        float((torch.bmm(theirs, ours.mT) - torch.bmm(other, torch.cat([x for x, _ in rights], 1).mT)).abs().max())
+        < 0.02 * (1 + speed) ** 2
+    )
+
+
+def test_a_query_overwritten_in_place_is_not_taken_for_the_last_one() -> None:
+    matrix = GaussianMatrix(30, 40, Noise([0], dtype=torch.float64), std=1.0)
+    q = torch.randn(1, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before, start = matrix.right(q), q.clone()
+    q.add_(q.flip(1))
+    torch.testing.assert_close(matrix.right(q), before + before.flip(1))
+    torch.testing.assert_close(matrix.right(start), before)

@@ -8,85 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from wide import MODELS, WIDTH, Norms, X, Y, dense, sgd
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.nfd import Setting, implicit_model, predict, simulate
 from torch_depthmup.diagnostics.nfd.building import hidden_matrices
 from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
 from torch_depthmup.errors import DepthMuPError
-
-X = F.normalize(torch.randn(3, 10, generator=torch.Generator().manual_seed(0))) * math.sqrt(10)
-Y = torch.tensor([[1.0], [-1.0], [0.5]])
-WIDTH = 128
-
-
-class Norms(nn.Module):
-    """Pre-norm MLP blocks with biases."""
-
-    def __init__(self, n: int, norm: bool = True):
-        super().__init__()
-        self.stem, self.head = nn.Linear(10, n), nn.Linear(n, 1)
-        self.norms = nn.ModuleList(nn.LayerNorm(n) if norm else nn.Identity() for _ in range(2))
-        self.up, self.down = (nn.ModuleList(nn.Linear(n, n) for _ in range(2)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
-        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
-            h = h + down(F.gelu(up(norm(h))))
-        return self.head(h)
-
-
-class Transformer(nn.Module):
-    """Two pre-norm layers of fused attention and MLP on tokens, with learned positions."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(7, n), nn.Parameter(0.5 * torch.randn(4, n))
-        self.qkv, self.out, self.up, self.down = (
-            nn.ModuleList(nn.Linear(a, b) for _ in range(2)) for a, b in ((n, 3 * n), (n, n), (n, 2 * n), (2 * n, n))
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(n) for _ in range(4))
-        self.head = nn.Linear(n, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.tokens((x.abs() * 3).long()[:, :4] % 7) + self.positions
-        for i in range(2):
-            q, k, v = (z.unflatten(2, (2, -1)).transpose(1, 2) for z in self.qkv[i](self.norms[i](h)).chunk(3, -1))
-            h = h + self.out[i](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            h = h + self.down[i](F.gelu(self.up[i](self.norms[i + 2](h))))
-        return self.head(h).mean(1)
-
-
-class Torch(nn.Module):
-    """nn.TransformerEncoderLayer: packed projections inside nn.MultiheadAttention."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.stem, self.head = nn.Linear(5, n), nn.Linear(n, 1)
-        self.layer = nn.TransformerEncoderLayer(n, 2, 2 * n, dropout=0.0, batch_first=True, norm_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(self.stem(x.unflatten(1, (2, 5))))).mean(1)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5, nesterov=True, weight_decay=1e-3)
-
-
-def dense(make, seed: int, steps: int = 3) -> Tensor:
-    torch.manual_seed(seed)
-    model = make(WIDTH)
-    optimizer, outputs = sgd(model), []
-    for _ in range(steps + 1):
-        value = model(X)
-        outputs.append(value.detach().clone())
-        optimizer.zero_grad()
-        F.mse_loss(value, Y).backward()
-        optimizer.step()
-    return torch.stack(outputs)
-
-
-MODELS = {"biases": lambda n: Norms(n, norm=False), "pre-norm": Norms, "transformer": Transformer, "torch's own": Torch}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,7 +141,7 @@ def with_table(n: int) -> nn.Module:
         (with_table, "mask of shape .* Take another width"),
         (copies, "layers.1.self_attn.in_proj_weight starts with the same entries as layers.0"),
         (lambda n: Norms(16), "no parameter has two dimensions that change"),
-        (lambda n: nn.Sequential(nn.Conv2d(n, n, 3)), "0.weight of shape .* convolutions"),
+        (lambda n: nn.Sequential(nn.Bilinear(n, n, n)), "0.weight of shape .* experts side by side"),
         (lambda n: Norms(1 // (n - WIDTH)), r"make_model\(128\) fails"),
     ],
 )

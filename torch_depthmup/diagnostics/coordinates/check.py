@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from torch_depthmup.rules import Family, Rule, get_family, get_rule
 from torch_depthmup.running import call, without_numbers
 from torch_depthmup.scaling.apply import parametrize
 from torch_depthmup.tables import columns
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["CoordinateCheck", "EXAMPLES", "coordinate_check"]
 
@@ -54,7 +57,7 @@ class CoordinateCheck:
     mistakes: tuple[str, ...]
     rows: tuple[dict[str, Any], ...] = field(repr=False)
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """The rows as a tidy pandas data frame.
 
         Raises:
@@ -344,7 +347,8 @@ def _sizes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _slopes(sizes: AllSizes, rule: Rule, family: Family, tolerance: float) -> Iterator[Slope]:
     """In depth what the rule says; in width, where it scales width, nothing that training does depends on it."""
-    predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family)}
+    inner = ("inner", "") in sizes
+    predicted = {"branch": -rule.alpha, **rules.predicted_slopes(rule, family, inner_layers=inner)}
     kinds = sorted({kind for _, kind in sizes} - {""}) or [""]
     for quantity in QUANTITIES:
         for kind in kinds if quantity in ("branch", "inner", "outer") else [""]:

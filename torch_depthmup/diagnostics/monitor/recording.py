@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch_depthmup.rules import get_family
 from torch_depthmup.scaling.plan import Plan
 from torch_depthmup.scaling.registry import plan_of
 from torch_depthmup.tracing.branches import Branch, Pattern, roles
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["COLUMNS", "FeatureMonitor", "NUMBERS"]
 
@@ -172,25 +175,28 @@ class FeatureMonitor:
             write(rows)
         return True
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """All rows as a tidy pandas data frame with the columns `COLUMNS`."""
         return frame(self.rows, COLUMNS)
 
-    def report(self, base: Any = None, family: str = "adam") -> Report:
+    def report(self, base: Any = None, family: str = "adam", prediction: Any = None) -> Report:
         """The last record beside what the theory predicts, with findings in plain language.
 
         Args:
             base: the monitor of the run at the base depth, or its data frame; without it nothing is said about what
                 depth does to the layers' learning, except what the rule predicts.
             family: the optimizer's family, ``"sgd"`` or an Adam-like one, whose predicted exponents are shown.
+            prediction: from `nfd.predict(..., probe=...)` of the same network at its width, on the same probe: what
+                each layer learned beside what it should have, with a verdict.
 
         Returns:
             A `report.Report`: ``print`` it, or read its ``findings``, ``stages`` and ``streams``.
 
         Raises:
-            MeasurementError: nothing was recorded yet.
+            MeasurementError: nothing was recorded yet, or the prediction is of other steps or layers, or not watched.
         """
-        return report(self.rows, self.plan, base_rows(base), get_family(family))
+        predicted = None if prediction is None else prediction.rows
+        return report(self.rows, self.plan, base_rows(base), get_family(family), predicted)
 
     def close(self) -> None:
         """Lets go of the model and of all reference tensors, and closes the writers. Rows stay readable."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch_depthmup import rules
+from torch_depthmup.diagnostics.monitor.beside import Beside, beside
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.rules import Family, Rule
 from torch_depthmup.scaling.plan import Plan
@@ -21,7 +22,7 @@ __all__ = ["Finding", "Kind", "Report", "Row", "Stage", "base_rows", "report"]
 
 Kind = Literal[
     "diverged", "exploding", "collapsed", "frozen", "collapse", "repaired", "predicted", "lazy", "untrained",
-    "healthy", "unknown",
+    "healthy", "unknown", "agrees", "differs",
 ]  # fmt: skip
 WRONG = {"diverged", "exploding", "collapsed", "frozen", "collapse", "lazy", "untrained"}
 Row = dict[str, Any]
@@ -45,7 +46,8 @@ class Finding:
             ``"frozen"`` (weights that do not change), ``"lazy"`` (only the readout learns), ``"untrained"``;
             ``"collapse"`` or ``"repaired"`` where inner layers learn less than in the base run, or as much;
             ``"predicted"`` where there is no base run and only the rule says so; ``"healthy"`` where nothing is wrong;
-            ``"unknown"`` where that cannot be told without a base run.
+            ``"unknown"`` where that cannot be told without a base run; ``"agrees"`` or ``"differs"`` where there is a
+            prediction.
         where: the stage or the stream, ``""`` for the whole model.
         text: a sentence or two.
     """
@@ -125,6 +127,7 @@ class Report:
         streams: what each residual stream did.
         function: the function's relative update.
         findings: what it means.
+        beside: the last record beside a prediction of `nfd.predict`, ``None`` without one.
     """
 
     step: int
@@ -133,6 +136,7 @@ class Report:
     streams: tuple[StreamMove, ...]
     function: float
     findings: tuple[Finding, ...]
+    beside: Beside | None = None
 
     def __str__(self) -> str:
         header = ("layers", "role", "number", "own", "own/W0h", "share", "exponent", "predicted", "measured")
@@ -143,6 +147,8 @@ class Report:
         ]
         lines += columns(("residual stream", "update/h0", "size/h0", "gradient alignment"), cells)
         lines += ["", f"function: update/f0 {self.function:.3g}", ""]
+        if self.beside is not None:
+            lines += [str(self.beside), ""]
         return "\n".join([*lines, *(f"- {finding.text}" for finding in self.findings)])
 
 
@@ -159,7 +165,13 @@ def _stage_cells(stage: Stage) -> tuple[str, ...]:
     )
 
 
-def report(rows: list[Row], plan: Plan | None, base: list[Row] | None, family: Family) -> Report:
+def report(
+    rows: list[Row],
+    plan: Plan | None,
+    base: list[Row] | None,
+    family: Family,
+    predicted: Sequence[list[Row]] | None = None,
+) -> Report:
     """Sums up the last record among a monitor's rows.
 
     Args:
@@ -167,9 +179,10 @@ def report(rows: list[Row], plan: Plan | None, base: list[Row] | None, family: F
         plan: of the model, ``None`` without one.
         base: the rows of the base run, which must hold the same step, or ``None``.
         family: the optimizer's family.
+        predicted: rows of each seed of a prediction, or ``None``.
 
     Raises:
-        MeasurementError: nothing was recorded, or the base run has no record at that step.
+        MeasurementError: nothing was recorded, or the base run or the prediction has no record at that step.
     """
     if not rows:
         raise MeasurementError("nothing was recorded yet. Call monitor.record(step) after a training step")
@@ -187,7 +200,10 @@ def report(rows: list[Row], plan: Plan | None, base: list[Row] | None, family: F
             found += [*_frozen(last), *_depth_findings(stages, rule, family)]
     if not {finding.kind for finding in found} & WRONG:
         found.append(_nothing_wrong(streams, moved, last_of_base is not None or _is_base(stages, rule)))
-    return Report(step, rule, stages, streams, moved, tuple(found))
+    compared = None if predicted is None else beside([rows], predicted)
+    if compared is not None:
+        found.append(Finding("agrees" if compared.agrees else "differs", "", compared.verdict))
+    return Report(step, rule, stages, streams, moved, tuple(found), compared)
 
 
 def _at(rows: Iterable[Row], step: int) -> list[Row]:

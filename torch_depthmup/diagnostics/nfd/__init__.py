@@ -6,6 +6,7 @@ same way, by your own code, and `implicit_model` gives that model; `simulate_lik
 """
 
 from torch_depthmup.diagnostics.nfd.building import implicit_model
+from torch_depthmup.diagnostics.nfd.gains import Gains
 from torch_depthmup.diagnostics.nfd.gia import GIAGap, gia_gap
 from torch_depthmup.diagnostics.nfd.kernels import first_order_change, initial_kernels, tangent_kernel
 from torch_depthmup.diagnostics.nfd.like import simulate_like
@@ -20,6 +21,7 @@ __all__ = [
     "CanonicalResNet",
     "DepthLimit",
     "GIAGap",
+    "Gains",
     "NFDResult",
     "Prediction",
     "Returns",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise, TrainedMatrix
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
+from torch_depthmup.diagnostics.nfd.simulate import check_memory
 from torch_depthmup.diagnostics.nfd.unformed import Making, Unformed
 from torch_depthmup.diagnostics.shared.training import own_random_state
 from torch_depthmup.errors import DepthMuPError
@@ -18,44 +21,58 @@ __all__ = ["hidden_matrices", "implicit_model"]
 CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
 
 
-def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[str, tuple[int, int]]:
-    """Shapes of the parameters two of whose dimensions are widths: those that change when the width is doubled.
+def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters whose first two dimensions are widths: those that change when the width is doubled.
+
+    The weights of convolutions with groups, transposed or over three dimensions are not among them: they are formed.
 
     Args:
         make_model: a factory width -> model.
         width: where the shapes are read.
 
     Raises:
-        DepthMuPError: the factory fails at this width or at twice it, or no parameter has two widths.
+        DepthMuPError: the factory fails at this width or at twice it, no parameter has two widths, or other dimensions
+            than the first two are widths.
     """
-    shapes = [_shapes(make_model, size) for size in (width, 2 * width)]
-    if list(shapes[0]) != list(shapes[1]):
+    shapes, formed = _shapes(make_model, width)
+    doubled, _ = _shapes(make_model, 2 * width)
+    if list(shapes) != list(doubled):
         raise DepthMuPError(f"make_model gives other parameters at width {width} than at width {2 * width}")
-    hidden: dict[str, tuple[int, int]] = {}
-    for name, shape in shapes[0].items():
-        widths = [i for i, (a, b) in enumerate(zip(shape, shapes[1][name], strict=True)) if a != b]
-        if len(widths) >= 2:
-            if len(shape) != 2:
+    hidden: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        widths = [i for i, (a, b) in enumerate(zip(shape, doubled[name], strict=True)) if a != b]
+        if len(widths) >= 2 and name not in formed:
+            if widths != [0, 1] or len(shape) > 4:
                 raise DepthMuPError(
-                    f"{name} of shape {shape} has {len(shape)} dimensions, {len(widths)} of them widths. Only matrices "
-                    "can be left unformed here: convolutions and experts side by side are not covered"
+                    f"{name} of shape {shape} has {len(shape)} dimensions, of which {widths} are widths. Only matrices "
+                    "and convolutions over one or two dimensions can be left unformed here: experts side by side are "
+                    "not covered"
                 )
-            hidden[name] = (shape[0], shape[1])
+            hidden[name] = shape
     if not hidden:
         raise DepthMuPError(
             f"no parameter has two dimensions that change from width {width} to width {2 * width}. Let the factory's "
             "argument set the size of the layers"
         )
+    explicit = sum(math.prod(shape) for name, shape in shapes.items() if name not in hidden)
+    advice = "Take less width: embeddings, readouts and convolutions with groups are formed"
+    check_memory(explicit * 4, torch.device("cpu"), advice)
     return hidden
 
 
-def _shapes(make_model: Callable[[int], nn.Module], width: int) -> dict[str, tuple[int, ...]]:
+def _shapes(make_model: Callable[[int], nn.Module], width: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shapes of all parameters, and which of them belong to convolutions that are formed."""
     with own_random_state(), Making(lambda shape: len(shape) >= 2):
         try:
             model = make_model(width)
         except Exception as error:  # whatever the user's factory raises
             raise DepthMuPError(f"make_model({width}) fails without values: {error}") from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    formed = {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and (module.groups > 1 or module.transposed or isinstance(module, nn.Conv3d))
+    }
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, formed
 
 
 def implicit_model(
@@ -106,8 +123,9 @@ def implicit_model(
     _refuse_copies({name: parameters[name] for name in hidden})
     for name in hidden:
         std = _std(name, parameters[name])
-        start = GaussianMatrix(*hidden[name], noise, std=std, coupling=coupling)
-        weight = ImplicitWeight(TrainedMatrix.at_start(start), name)
+        rows, *rest = hidden[name]
+        start = GaussianMatrix(rows, math.prod(rest), noise, std=std, coupling=coupling)
+        weight = ImplicitWeight(TrainedMatrix.at_start(start), name, kernel=tuple(rest[1:]))
         made[id(parameters[name])] = nn.Parameter(weight, requires_grad=parameters[name].requires_grad)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -164,5 +182,5 @@ def _refuse_unformed(model: nn.Module) -> None:
         if isinstance(tensor, Unformed):
             raise DepthMuPError(
                 f"{name} of shape {tuple(tensor.shape)} is no hidden matrix and has the shape of one at this width, so "
-                "it cannot be told apart. Take another width"
+                "it cannot be told apart. Take another width, or give it another shape"
             )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
+from torch_depthmup.diagnostics.monitor.beside import Beside, beside
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.nfd.gaussian import checked_dtype
 from torch_depthmup.diagnostics.nfd.network import CanonicalBlock, CanonicalResNet
+from torch_depthmup.diagnostics.nfd.predict import Prediction
 from torch_depthmup.diagnostics.nfd.record import Record
 from torch_depthmup.diagnostics.nfd.result import SIZES, NFDResult, collect
 from torch_depthmup.diagnostics.nfd.setting import Scales, Setting, checked_data
@@ -20,6 +23,9 @@ from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.optim import SGD
 from torch_depthmup.scaling.apply import parametrize
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Comparison", "compare", "measure"]
 
@@ -165,7 +171,7 @@ class Comparison:
         difference, error = self.difference(name)
         return torch.where(difference == 0, 0.0, difference / error)
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """Tidy pandas frame: quantity, step, t, predicted, measured, z. Outputs have t = 1 and are named by sample.
 
         Raises:
@@ -206,16 +212,42 @@ class Comparison:
         return f"differs by more than {FAR:g} standard errors: " + ", ".join(f"{n} ({self.far[n]:.0%})" for n in off)
 
 
-def compare(predicted: NFDResult, measured: NFDResult) -> Comparison:
-    """Puts a simulation beside a measurement of the same setting.
+@overload
+def compare(predicted: NFDResult, measured: NFDResult) -> Comparison: ...
+@overload
+def compare(predicted: Prediction, measured: FeatureMonitor | Sequence[FeatureMonitor]) -> Beside: ...
+def compare(predicted: Any, measured: Any) -> Any:
+    """Puts a prediction beside a measurement of the same network.
 
     Args:
-        predicted: from `nfd.simulate`.
-        measured: from `measure`, or a second simulation.
+        predicted: from `nfd.simulate`, or from `nfd.predict` with ``probe=``.
+        measured: from `measure`, or a second simulation; beside `nfd.predict` the monitor of a network that was trained
+            in the same way on the same probe, or several. A single one should have the prediction's width.
+
+    Returns:
+        For a prediction of `nfd.predict`, every number that the monitors' last record has of every layer.
 
     Raises:
-        DepthMuPError: they are of different settings, or a single seed gives no standard error.
+        DepthMuPError: they are of different settings or networks, steps do not fit, or a single seed gives no standard
+            error.
+
+    >>> from torch import nn
+    >>> from torch_depthmup import Residual, diagnostics
+    >>> from torch_depthmup.diagnostics.nfd import predict
+    >>> make = lambda n: nn.Sequential(nn.Linear(2, n), Residual(nn.Linear(n, n)), nn.Linear(n, 1))
+    >>> x, y = torch.eye(2), torch.tensor([[1.0], [-1.0]])
+    >>> sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> prediction = predict(make, x, y, width=64, optimizer=sgd, steps=1, probe=x, seeds=4)
+    >>> model = make(64)
+    >>> optimizer, monitor = sgd(model), diagnostics.FeatureMonitor(model, x)
+    >>> (model(x) - y).square().mean().backward(), optimizer.step(), monitor.record(1)
+    (None, None, True)
+    >>> compare(prediction, monitor).networks
+    1
     """
+    if isinstance(predicted, Prediction):
+        monitors = measured if isinstance(measured, Sequence) else [measured]
+        return beside([monitor.rows for monitor in monitors], predicted.rows)
     if predicted.setting != measured.setting:
         raise DepthMuPError(f"the settings differ: {predicted.setting} was predicted, {measured.setting} measured")
     for name, result in (("predicted", predicted), ("measured", measured)):

@@ -94,10 +94,10 @@ def forward(network: Network, step: int, record: Record) -> Forward:
     for number, matrices in enumerate(network.blocks):
         taken, inner_own, inputs = h, None, []
         if setting.block_layers == 2:
-            taken, inner_own, coordinates = matrices[0].right(h)
+            taken, inner_own, coordinates = _product(matrices[0], h)
             inputs.append(coordinates[:, :samples])
         phi, slope = derivative(network.phi, taken)
-        added, outer_own, coordinates = matrices[-1].right(phi)
+        added, outer_own, coordinates = _product(matrices[-1], phi)
         inputs.append(coordinates[:, :samples])
         blocks.append(_Block(slope[:, :samples], tuple(inputs)))
         h = h + setting.multiplier * added
@@ -107,6 +107,17 @@ def forward(network: Network, step: int, record: Record) -> Forward:
             record.stop(step, (number + 1) / setting.depth)
             break
     return Forward(blocks, h, torch.bmm(h, network.readout.mT) / network.width)
+
+
+def _product(matrix: TrainedMatrix, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W q, a tensor of the mean squares of what training added to it, and the coordinates of q.
+
+    Mean squares are the same in coordinates along orthonormal vectors, but for the number of entries.
+    """
+    coordinates = matrix.start.coordinates("right", q)
+    own = matrix.own("right", coordinates)
+    own = own * math.sqrt(own.shape[2] / q.shape[2]) if own.shape[2] else torch.zeros_like(q[:, :, :1])
+    return matrix.value("right", coordinates), own, coordinates
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,8 @@ def backward(
         # p of the matrix in use, from the outer one inwards, and its gradient sum c p q^T / n
         p, scale = g, a
         for matrix, q in zip(reversed(matrices), reversed(block.inputs), strict=True):
-            through, coordinates = matrix.left(p)
+            coordinates = matrix.start.coordinates("left", p)
+            through = matrix.value("left", coordinates)
             weighted = scale / network.width * weight * coordinates[:, batch]
             found.append(TrainedMatrix.outer(matrix.start, weighted, q[:, batch]))
             p = through if len(found) == 2 else a * block.slope * through

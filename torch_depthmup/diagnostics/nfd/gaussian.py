@@ -9,6 +9,7 @@ Source: Bolthausen's conditioning argument, as in approximate message passing an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 
 from torch_depthmup.errors import DepthMuPError
 
-__all__ = ["Coupling", "GaussianMatrix", "Noise", "TrainedMatrix", "checked_coupling", "checked_dtype"]
+__all__ = ["Coupling", "GaussianMatrix", "Noise", "Side", "TrainedMatrix", "checked_coupling", "checked_dtype"]
 
 Coupling = Literal["reused", "decoupled"]
+Side = Literal["right", "left"]
 
 ROUNDING = 100  # times eps: what is left of a query, relative to it, that is rounding and no new direction
 MOSTLY_NEW = 0.1  # share of a query off the basis above which one Gram-Schmidt pass is as good as ten times rounding
@@ -64,44 +66,79 @@ class Noise:
         self.dtype = checked_dtype(dtype)
         self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, *shape: int) -> Tensor:
-        """Numbers of shape (seeds, *shape)."""
+    def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Numbers of shape (seeds, *shape), of a standard deviation."""
         out = torch.empty(len(self.generators), *shape, device=self.device, dtype=self.dtype)
         for part, generator in zip(out, self.generators, strict=True):
-            part.normal_(generator=generator)
+            part.normal_(std=std, generator=generator)
         return out
 
 
+@dataclass(frozen=True)
+class _Last:
+    """The rows that were asked last from a side, and their coordinates. They are no copy, so they may have changed."""
+
+    rows: Tensor
+    version: int
+    coordinates: Tensor
+
+    def intact(self) -> bool:
+        return self.rows._version == self.version
+
+    def same(self, rows: Tensor) -> bool:
+        """Whether it is the same view of the same memory, unchanged; ours is alive, so memory was not given away."""
+        one, other = self.rows, rows
+        shaped = one.shape == other.shape and one.stride() == other.stride()
+        return shaped and one.data_ptr() == other.data_ptr() and self.version == one._version == other._version
+
+
 class _Side:
-    """Orthonormal queries from one side with their products, as rows: (seeds, queries, size)."""
+    """Orthonormal queries from one side, as rows (seeds, queries, size), and what the matrix answers to them.
+
+    The answers are ``noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
+    earlier products from the other side. Kept apart, a product needs the other side's queries once.
+    """
 
     def __init__(self, size: int, product_size: int, capacity: int, noise: Noise):
         seeds = len(noise.generators)
         self.count = 0
+        self.last: _Last | None = None
+        self.shares = torch.zeros(seeds, 0, 0, device=noise.device, dtype=noise.dtype)
         self._queries = torch.empty(seeds, capacity, size, device=noise.device, dtype=noise.dtype)
-        self._products = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=noise.dtype)
+        self._noise = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=noise.dtype)
 
     @property
     def queries(self) -> Tensor:
         return self._queries[:, : self.count]
 
     @property
-    def products(self) -> Tensor:
-        return self._products[:, : self.count]
+    def noise(self) -> Tensor:
+        return self._noise[:, : self.count]
 
-    def append(self, queries: Tensor, products: Tensor) -> None:
+    def append(self, queries: Tensor, noise: Tensor, shares: Tensor) -> None:
         end = self.count + queries.shape[1]
         if end > self._queries.shape[1]:
-            self._queries, self._products = (_enlarged(rows, end) for rows in (self._queries, self._products))
-        self._queries[:, self.count : end], self._products[:, self.count : end] = queries, products
+            self.reserve(max(end, self._queries.shape[1] * 3 // 2))
+        self._queries[:, self.count : end], self._noise[:, self.count : end] = queries, noise
+        self.shares = torch.cat([_padded(self.shares, self.count, shares.shape[2]), shares], dim=1)
         self.count = end
 
+    def reserve(self, capacity: int) -> None:
+        """Memory for so many queries; less than there are changes nothing."""
+        if capacity > self._queries.shape[1]:
+            self._queries, self._noise = (_enlarged(rows, capacity) for rows in (self._queries, self._noise))
 
-def _enlarged(rows: Tensor, least: int) -> Tensor:
-    capacity = max(least, rows.shape[1] * 3 // 2)
+
+def _enlarged(rows: Tensor, capacity: int) -> Tensor:
     larger = rows.new_empty(rows.shape[0], capacity, rows.shape[2])
     larger[:, : rows.shape[1]] = rows
     return larger
+
+
+def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
+    if values.shape[1:] == (rows, columns):
+        return values
+    return F.pad(values, (0, columns - values.shape[2], 0, rows - values.shape[1]))
 
 
 class GaussianMatrix:
@@ -120,7 +157,7 @@ class GaussianMatrix:
 
     >>> matrix = GaussianMatrix(10**6, 10**6, Noise([0], dtype=torch.float64), std=1e-3)  # 8 TB, if it were formed
     >>> p, q = torch.ones(1, 1, 10**6).double(), torch.ones(1, 1, 10**6).double()
-    >>> forward, backward = matrix.right(q).value, matrix.left(p).value
+    >>> forward, backward = matrix.right(q), matrix.left(p)
     >>> torch.allclose((p * forward).sum(), (backward * q).sum())
     True
     """
@@ -140,44 +177,90 @@ class GaussianMatrix:
         self.right_side = _Side(columns, rows, capacity[0], noise)
         self.left_side = _Side(rows, columns, capacity[1], noise)
 
-    def right(self, queries: Tensor) -> Product:
+    def right(self, queries: Tensor) -> Tensor:
         """W q for rows q: (seeds, queries, columns) -> (seeds, queries, rows)."""
-        return self._product(queries, self.right_side, self.left_side)
+        return TrainedMatrix.at_start(self).product("right", queries)
 
-    def left(self, queries: Tensor) -> Product:
+    def left(self, queries: Tensor) -> Tensor:
         """W^T p for rows p: (seeds, queries, rows) -> (seeds, queries, columns)."""
-        return self._product(queries, self.left_side, self.right_side)
+        return TrainedMatrix.at_start(self).product("left", queries)
 
-    def _product(self, queries: Tensor, here: _Side, there: _Side) -> Product:
-        """Splits the queries along what was asked before, asks for the rest, and repeats until nothing is left."""
+    def sides(self, side: Side) -> tuple[_Side, _Side]:
+        """That side and the other one."""
+        return (self.right_side, self.left_side) if side == "right" else (self.left_side, self.right_side)
+
+    def coordinates(self, side: Side, queries: Tensor) -> Tensor:
+        """Coordinates of rows along the orthonormal queries of their side, to which what is new in them is added.
+
+        Args:
+            side: where they are multiplied.
+            queries: (seeds, rows, size), or (rows, size) for a single seed.
+        """
+        here, there = self.sides(side)
+        if here.last is None or not here.last.same(queries):
+            rows = queries if queries.ndim == 3 else queries[None]
+            here.last = _Last(queries, queries._version, self._resolved(rows, here, there))
+        return here.last.coordinates
+
+    def _resolved(self, queries: Tensor, here: _Side, there: _Side) -> Tensor:
+        """Coordinates of new queries: of what the last ones say of them, and of the rest."""
         smallest = ROUNDING * torch.finfo(queries.dtype).eps * torch.linalg.vector_norm(queries, dim=2)
-        coordinates, remainder = _split(queries, here.queries)
-        while (fresh := _directions(remainder, smallest)) is not None:
-            here.append(fresh, self._fresh_products(fresh, there))
-            along = torch.bmm(remainder, fresh.mT)
-            coordinates = torch.cat([coordinates, along], dim=2)
-            remainder = torch.baddbmm(remainder, along, fresh, alpha=-1)
-            if not bool((torch.linalg.vector_norm(remainder, dim=2) > smallest).any()):
-                break
-            more, remainder = _split(remainder, here.queries)
-            coordinates = coordinates + more
-        return Product(torch.bmm(coordinates, here.products), coordinates)
+        coordinates, rest = _from_last(queries, here)
+        return _sum(coordinates, self._asked(rest, smallest, here, there))
 
-    def _fresh_products(self, fresh: Tensor, there: _Side) -> Tensor:
-        """W Q = E - Q_b (Q_b^T E) + Q_b (R_b^T Q) for new orthonormal Q; E alone if nothing was asked from there."""
-        noise = self.noise(fresh.shape[1], there.queries.shape[2]).mul_(self.std)
+    def _asked(self, rows: Tensor, smallest: Tensor, here: _Side, there: _Side) -> Tensor:
+        """Splits rows along what was asked before, asks for the rest, until nothing longer than ``smallest`` is left.
+
+        With G the Gram matrix of the rest at unit length, G = V x V^T, new directions are x^{-1/2} V^T rest for the
+        large x; for the small ones, where that would magnify rounding, V^T rest are rows for another round.
+        """
+        coordinates, rest = _split(rows, here.queries)
+        lengths = torch.linalg.vector_norm(rest, dim=2)
+        live = lengths > smallest
+        if not bool(live.any()):
+            return coordinates
+        units = rest * torch.where(live, 1 / lengths, 0.0)[:, :, None]
+        values, vectors = torch.linalg.eigh(torch.bmm(units, units.mT))
+        kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
+        directions, along = _directions(units, values, vectors, kept)
+        here.append(directions, *self._answer(directions, there))
+        lengths = torch.where(live, lengths, 0.0)[:, :, None]
+        coordinates = torch.cat([coordinates, lengths * along], dim=2)
+        few = int((~kept).sum(1).max())
+        if few:
+            turned = vectors[:, :, :few] * ~kept[:, None, :few]
+            share = torch.where(live, smallest / lengths[:, :, 0], math.inf).amin(1, keepdim=True).expand(-1, few)
+            more = self._asked(torch.bmm(turned.mT, units), share, here, there)
+            coordinates = _sum(coordinates, torch.bmm(lengths * turned, more))
+        return coordinates
+
+    def _answer(self, fresh: Tensor, there: _Side) -> tuple[Tensor, Tensor]:
+        """W Q = E + Q_b (R_b^T Q - Q_b^T E) for new orthonormal Q, as E and the bracket; R_b^T Q is E_b^T Q, since what
+        else is in R_b lies along earlier queries.
+        """
+        noise = self.noise(fresh.shape[1], there.queries.shape[2], std=self.std)
         if self.coupling == "decoupled" or not there.count:
-            return noise
-        wanted = torch.baddbmm(torch.bmm(fresh, there.products.mT), noise, there.queries.mT, alpha=-1)
-        return torch.baddbmm(noise, wanted, there.queries)
+            return noise, noise[:, :, :0]
+        return noise, torch.baddbmm(torch.bmm(fresh, there.noise.mT), noise, there.queries.mT, alpha=-1)
 
 
-@dataclass(frozen=True)
-class Product:
-    """What a matrix answers, and the queries' coordinates along the orthonormal ones of their side."""
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of coordinates, of which the second ones may go on."""
+    return _padded(one, one.shape[1], other.shape[2]) + other
 
-    value: Tensor
-    coordinates: Tensor
+
+def _from_last(queries: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
+    """Coordinates of each row's projection on the row asked last in its place, and the rest.
+
+    A network's features change little from step to step. What is new in them is found from the difference in one pass,
+    where from the whole rows rounding would ask for two.
+    """
+    if side.last is None or side.last.rows.numel() != queries.numel() or not side.last.intact():
+        return queries.new_zeros(*queries.shape[:2], 0), queries
+    last = side.last.rows.reshape(queries.shape)
+    squares = last.square().sum(2, keepdim=True)
+    factor = (queries * last).sum(2, keepdim=True) / torch.where(squares > 0, squares, 1.0)
+    return factor * side.last.coordinates, torch.addcmul(queries, factor, last, value=-1)
 
 
 def _split(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,33 +276,27 @@ def _split(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return first + second, torch.baddbmm(remainder, second, basis, alpha=-1)
 
 
-def _directions(rows: Tensor, smallest: Tensor) -> Tensor | None:
-    """Orthonormal directions in the span of the rows that are longer than ``smallest``, or ``None`` without such rows.
+def _directions(units: Tensor, values: Tensor, vectors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions of rows, from the eigenvalues of their Gram matrix that are kept; the rows along them.
 
-    By the eigenvectors of the Gram matrix of the normalised rows, as far as that is well conditioned: directions below
-    are left for another round. Of several seeds the one with most directions counts, and the others get zero rows.
+    Of several seeds the one with most directions counts, and the others get zero rows. An eigenvector's sign is
+    rounding, and what a seed draws must not hang on it: G^{-1/2} where all are kept, or else a sign by convention.
     """
-    norms = torch.linalg.vector_norm(rows, dim=2)
-    live = norms > smallest
-    if not bool(live.any()):
-        return None
-    units = (rows * torch.where(live, 1 / norms, 0.0)[:, :, None])[:, live.any(0)]
-    values, vectors = torch.linalg.eigh(torch.bmm(units, units.mT))
-    kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
     rank = int(kept.sum(1).max())
-    scales = torch.where(kept, values.clamp_min(torch.finfo(rows.dtype).tiny).rsqrt(), 0.0)[:, -rank:]
-    vectors = vectors[:, :, -rank:]
-    turned = vectors * scales[:, None]
-    # An eigenvector's sign is rounding, and what a seed draws must not hang on it: G^{-1/2}, or a sign by convention.
-    if bool(kept.all()):
-        turned = torch.bmm(turned, vectors.mT)
-    else:
-        uneven = torch.arange(1, vectors.shape[1] + 1, device=rows.device, dtype=rows.dtype).sqrt()
-        turned = turned * torch.where((uneven[:, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    whole = bool(kept.all())
+    kept, values, vectors = kept[:, -rank:], values[:, -rank:], vectors[:, :, -rank:]
+    if not whole:
+        uneven = torch.arange(1, vectors.shape[1] + 1, device=units.device, dtype=units.dtype).sqrt()
+        vectors = vectors * torch.where((uneven[:, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    roots = torch.where(kept, values, 1.0).sqrt()[:, None]
+    turned, back = vectors * (kept[:, None] / roots), vectors * (kept[:, None] * roots)
+    if whole:
+        turned, back = torch.bmm(turned, vectors.mT), torch.bmm(back, vectors.mT)
     basis = torch.bmm(turned.mT, units)
     # One step of Newton's iteration towards the nearest orthonormal rows: (3 - G) / 2, which also maps 0 to 0.
     gram = torch.bmm(basis, basis.mT)
-    return torch.baddbmm(basis, gram, basis, beta=1.5, alpha=-0.5)
+    directions = torch.baddbmm(basis, gram, basis, beta=1.5, alpha=-0.5)
+    return directions, torch.bmm(back, torch.baddbmm(gram, gram, gram, beta=1.5, alpha=-0.5))
 
 
 @dataclass(frozen=True)
@@ -250,30 +327,27 @@ class TrainedMatrix:
         """Sum of p q^T over rows of coordinates p (seeds, rows, left queries) and q."""
         return cls(start, 0.0, torch.bmm(p.mT, q))
 
-    def right(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For rows q the product, what of it is due to the change, and the coordinates of q."""
-        answer = self.start.right(queries)
-        own = self._own(answer)
-        return own.add(answer.value, alpha=self.gain), own, answer.coordinates
+    def product(self, side: Side, queries: Tensor) -> Tensor:
+        """The product with rows q from the right, the transposed one with rows p from the left."""
+        return self.value(side, self.start.coordinates(side, queries))
 
-    def right_value(self, answer: Product) -> Tensor:
-        """The product, from what the start answered."""
-        return self._own(answer).add_(answer.value, alpha=self.gain)
+    def value(self, side: Side, coordinates: Tensor) -> Tensor:
+        """The product with rows of which the coordinates are known."""
+        here, there = self.start.sides(side)
+        mixed = self.own(side, coordinates)
+        if not self.gain:
+            return torch.bmm(mixed, there.queries[:, : mixed.shape[2]])
+        shares = here.shares[:, : coordinates.shape[2]]
+        width = max(mixed.shape[2], shares.shape[2])
+        known = self.gain * torch.bmm(coordinates[:, :, : shares.shape[1]], shares)
+        mixed = _padded(mixed, mixed.shape[1], width) + _padded(known, mixed.shape[1], width)
+        fresh = torch.bmm(coordinates, here.noise[:, : coordinates.shape[2]])
+        return torch.baddbmm(fresh, mixed, there.queries[:, :width], beta=self.gain)
 
-    def _own(self, answer: Product) -> Tensor:
-        inner = torch.bmm(answer.coordinates[:, :, : self.change.shape[2]], self.change.mT)
-        return torch.bmm(inner, self.start.left_side.queries[:, : self.change.shape[1]])
-
-    def left(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """For rows p the transposed product, and the coordinates of p."""
-        answer = self.start.left(queries)
-        return self.left_value(answer), answer.coordinates
-
-    def left_value(self, answer: Product) -> Tensor:
-        """The transposed product, from what the start answered."""
-        inner = torch.bmm(answer.coordinates[:, :, : self.change.shape[1]], self.change)
-        own = torch.bmm(inner, self.start.right_side.queries[:, : self.change.shape[2]])
-        return own.add_(answer.value, alpha=self.gain)
+    def own(self, side: Side, coordinates: Tensor) -> Tensor:
+        """What the change adds to the product, in coordinates along the other side's orthonormal queries."""
+        change = self.change.mT if side == "right" else self.change
+        return torch.bmm(coordinates[:, :, : change.shape[1]], change)
 
     def plus(self, other: TrainedMatrix, factor: float = 1.0) -> TrainedMatrix:
         """self + factor * other, of the same start."""
@@ -290,13 +364,15 @@ class TrainedMatrix:
         start, left, right = self.start, self.start.left_side, self.start.right_side
         square = self.change.square().sum((1, 2))
         if self.gain:
-            seen = torch.bmm(left.queries, right.products.mT)  # Q_b W Q_f^T
-            known = right.products.square().sum((1, 2)) + left.products.square().sum((1, 2)) - seen.square().sum((1, 2))
+            answers = [self._answers(side) for side in ("right", "left")]
+            seen = torch.bmm(left.queries, answers[0].mT)  # Q_b W Q_f^T
+            known = answers[0].square().sum((1, 2)) + answers[1].square().sum((1, 2)) - seen.square().sum((1, 2))
             unseen = start.std**2 * (start.rows - left.count) * (start.columns - right.count)
             change = _padded(self.change, left.count, right.count)
             square = square + self.gain**2 * (known + unseen) + 2 * self.gain * (change * seen).sum((1, 2))
         return square.clamp_min(0).sqrt()
 
-
-def _padded(change: Tensor, left: int, right: int) -> Tensor:
-    return F.pad(change, (0, right - change.shape[2], 0, left - change.shape[1]))
+    def _answers(self, side: Side) -> Tensor:
+        """The start's products with all orthonormal queries of a side."""
+        here, there = self.start.sides(side)
+        return torch.baddbmm(here.noise, here.shares, there.queries[:, : here.shares.shape[2]])

@@ -8,15 +8,18 @@ and weight decay need. Any other operation needs the entries, and is refused by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from torch_depthmup.diagnostics.nfd.gaussian import Product, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.patches import Patches, positions
+from torch_depthmup.diagnostics.nfd.spanned import Spanned
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["ImplicitWeight"]
@@ -24,28 +27,36 @@ __all__ = ["ImplicitWeight"]
 aten = torch.ops.aten
 
 
-Side = Literal["right", "left"]
-
-
 @dataclass(eq=False)
 class _Cell:
-    """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces."""
+    """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces.
+
+    A convolution's weight has a ``kernel``: its matrix multiplies patches.
+    """
 
     name: str
     value: TrainedMatrix
-    asked: dict[Side, tuple[Tensor, int, Product]] = field(default_factory=dict)  # last: a backward pass needs it twice
+    kernel: tuple[int, ...] = ()
+    patched: tuple[Tensor, int, Tensor] | None = None  # the last input and its patches: a backward pass needs them too
 
-    def ask(self, side: Side, rows: Tensor) -> Product:
-        """The start's product with rows from a side, asked once where the same rows come again."""
-        last = self.asked.get(side)
-        if last is None or not _same(last[0], rows) or last[1] != rows._version:
-            last = self.asked[side] = rows, rows._version, getattr(self.value.start, side)(rows[None])
+    def of(self, value: TrainedMatrix) -> _Cell:
+        """Another value of the same shape."""
+        return _Cell(self.name, value, self.kernel)
+
+    def patches(self, walk: Patches, x: Tensor) -> Tensor:
+        """Rows of patches, the same tensor for the same input."""
+        last = self.patched
+        if last is None or not _same(last[0], x) or last[1] != x._version:
+            last = self.patched = x, x._version, walk.rows(x)
         return last[2]
+
+    def ask(self, side: Side, rows: Tensor) -> Tensor:
+        """Coordinates (1, rows, queries) of rows from a side."""
+        return self.value.start.coordinates(side, rows)
 
     def product(self, side: Side, rows: Tensor) -> Tensor:
         """W q for rows q from the right, W^T p for rows p from the left."""
-        value: Tensor = getattr(self.value, f"{side}_value")(self.ask(side, rows))[0]
-        return value
+        return self.value.product(side, rows)[0]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -59,6 +70,7 @@ class ImplicitWeight(Tensor):
     Args:
         matrix: its value, of one seed.
         name: what messages call it.
+        kernel: sizes of a convolution's kernel: the weight's shape is (rows, columns / their product, *kernel).
 
     >>> from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
     >>> start = GaussianMatrix(10**6, 10**6, Noise([0], dtype=torch.float32), std=1e-3)
@@ -75,13 +87,14 @@ class ImplicitWeight(Tensor):
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, matrix: TrainedMatrix, name: str) -> ImplicitWeight:
-        return cls._view(_Cell(name, matrix), transposed=False)
+    def __new__(cls, matrix: TrainedMatrix, name: str, kernel: tuple[int, ...] = ()) -> ImplicitWeight:
+        return cls._view(_Cell(name, matrix, kernel), transposed=False)
 
     @classmethod
     def _view(cls, cell: _Cell, transposed: bool) -> ImplicitWeight:
         start = cell.value.start
-        shape, strides = (start.rows, start.columns), (start.columns, 1)
+        shape: tuple[int, ...] = (start.rows, start.columns // math.prod(cell.kernel), *cell.kernel)
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             shape[::-1] if transposed else shape,
@@ -123,7 +136,8 @@ class ImplicitWeight(Tensor):
         weight = next(a for a in _flat(args) if isinstance(a, ImplicitWeight))
         raise DepthMuPError(
             f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
-            "can be multiplied with (linear layers, matmul) and trained by SGD with momentum and weight decay"
+            "can be multiplied with (linear layers, matmul, convolutions over one or two dimensions without groups) "
+            "and trained by SGD with momentum and weight decay, or by Muon"
         )
 
 
@@ -198,10 +212,10 @@ class _Asked:
     def gradient(self, others: Tensor, *, last: bool) -> ImplicitWeight:
         """Sum over rows of p q^T: ``others`` are those of the other side, and ours are the ``last`` factor or not."""
         start = self.cell.value.start
-        theirs = self.cell.ask("left" if self.side == "right" else "right", others).coordinates
+        theirs = self.cell.ask("left" if self.side == "right" else "right", others)
         p, q = (theirs, self.coordinates) if self.side == "right" else (self.coordinates, theirs)
         transposed = last != (self.side == "right")
-        return ImplicitWeight._view(_Cell(self.cell.name, TrainedMatrix.outer(start, p, q)), transposed)
+        return ImplicitWeight._view(self.cell.of(TrainedMatrix.outer(start, p, q)), transposed)
 
 
 class _Saved:
@@ -257,7 +271,7 @@ def _mm(first: Tensor, second: Tensor) -> Any:
     assert isinstance(second, ImplicitWeight)
     cell, side = second._cell, "right" if second._transposed else "left"  # x W^T is W x for rows x
     value = cell.product(side, first)  # type: ignore[arg-type]
-    _note(first, _Asked(cell, side, cell.ask(side, first).coordinates))  # type: ignore[arg-type]
+    _note(first, _Asked(cell, side, cell.ask(side, first)))  # type: ignore[arg-type]
     return value
 
 
@@ -266,17 +280,46 @@ def _addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alph
     return product if product is NotImplemented else beta * bias + alpha * product
 
 
-def _t(weight: ImplicitWeight, *axes: int) -> ImplicitWeight:
+def _convolution(
+    x: Tensor, weight: Any, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
+) -> Any:
+    if not isinstance(weight, ImplicitWeight) or transposed or rest[-1] != 1 or not 1 <= len(weight._cell.kernel) <= 2:
+        return NotImplemented
+    walk = Patches(weight._cell.kernel, stride, padding, dilation)
+    value = walk.image(weight._cell.product("right", weight._cell.patches(walk, x)), x)
+    return value if bias is None else value + bias.reshape(-1, *(1,) * len(walk.kernel))
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Any, _: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> Any:
+    """Gradients of the input, the weight and the bias, as far as the mask asks."""
+    cell, walk, wanted = weight._cell, Patches(weight._cell.kernel, stride, padding, dilation), rest[-1]
+    p = positions(gradient)
+    of_input = walk.summed(cell.product("left", p), x) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:
+        matrix = TrainedMatrix.outer(cell.value.start, cell.ask("left", p), cell.ask("right", cell.patches(walk, x)))
+        of_weight = ImplicitWeight._view(cell.of(matrix), transposed=False)
+    return of_input, of_weight, p.sum(0) if wanted[2] else None
+
+
+def _t(weight: ImplicitWeight, *axes: int) -> Any:
+    if weight._cell.kernel:
+        return NotImplemented
     if axes and axes[0] % 2 == axes[1] % 2:
         return weight
     return ImplicitWeight._view(weight._cell, not weight._transposed)
 
 
 def _like(weight: ImplicitWeight, value: TrainedMatrix) -> ImplicitWeight:
-    return ImplicitWeight._view(_Cell(weight._cell.name, value), weight._transposed)
+    return ImplicitWeight._view(weight._cell.of(value), weight._transposed)
 
 
 def _add(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    if isinstance(weight, ImplicitWeight) and isinstance(other, Spanned) and not weight._transposed:
+        change = other.coordinates.to(weight.dtype)[None]
+        return _like(weight, weight.matrix.plus(TrainedMatrix(weight.matrix.start, 0.0, change), float(alpha)))
     if not (isinstance(weight, ImplicitWeight) and isinstance(other, ImplicitWeight)):
         return NotImplemented
     if weight._transposed != other._transposed or weight.matrix.start is not other.matrix.start:
@@ -302,6 +345,11 @@ def _div(weight: Any, divisor: Any) -> Any:
     return _mul(weight, 1 / float(divisor))
 
 
+def _lerp(weight: Any, other: Any, share: Any) -> Any:
+    kept = _mul(weight, 1 - float(share))
+    return kept if kept is NotImplemented else _add(kept, other, alpha=float(share))
+
+
 def _in_place(made: Callable[..., Any]) -> Callable[..., Any]:
     def act(weight: Any, *args: Any, **kwargs: Any) -> Any:
         result = made(weight, *args, **kwargs) if isinstance(weight, ImplicitWeight) else NotImplemented
@@ -320,7 +368,10 @@ def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any
 
 
 def _to(weight: ImplicitWeight, *args: Any, **kwargs: Any) -> Any:
-    """Where it is already, and of the type it has; it cannot be moved."""
+    """Where it is already, and of the type it has; it cannot be moved. What training made may lose precision."""
+    if kwargs == {"dtype": torch.bfloat16} and not weight.matrix.gain and not weight._cell.kernel:
+        change = weight.matrix.change[0].to(torch.bfloat16)
+        return Spanned.of(tuple(weight.shape), change.T if weight._transposed else change, weight._cell.name)
     kept = (weight.dtype, weight.device, None, False)
     wanted = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype | torch.device)]
     return _view(weight) if all(a in kept for a in wanted) else NotImplemented
@@ -335,16 +386,20 @@ def _any(weight: ImplicitWeight) -> Tensor:
     return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.change.any()))
 
 
-def _norm(weight: ImplicitWeight, order: float = 2, *_: Any, dtype: torch.dtype | None = None) -> Any:
-    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 else NotImplemented
+def _norm(
+    weight: ImplicitWeight, order: float = 2, dim: Any = None, keep: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 and not dim and not keep else NotImplemented
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.mm: _mm,
     aten.addmm: _addmm,
+    aten.convolution: _convolution,
+    aten.convolution_backward: _convolution_backward,
     aten.t: _t,
     aten.transpose: _t,
-    aten.permute: lambda weight, axes: _t(weight, *axes) if axes[0] % 2 else weight,
+    aten.permute: lambda weight, axes: _t(weight, *axes) if len(axes) == 2 else NotImplemented,
     aten.detach: _view,
     aten.alias: _view,
     aten.clone: lambda weight, memory_format=None: _like(weight, weight.matrix),
@@ -358,6 +413,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.sub: _sub,
     aten.mul: _mul,
     aten.div: _div,
+    aten.lerp: _lerp,
+    aten.lerp_: _in_place(_lerp),
     aten.add_: _in_place(_add),
     aten.sub_: _in_place(_sub),
     aten.mul_: _in_place(_mul),

@@ -8,13 +8,14 @@ e = 1 - alpha + the largest exponent of a layer's own update (`rules.predicted_s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.nfd.gains import Gains, gains
 from torch_depthmup.diagnostics.nfd.result import NFDResult
 from torch_depthmup.diagnostics.nfd.setting import Setting
 from torch_depthmup.diagnostics.nfd.simulate import simulate
@@ -40,9 +41,8 @@ def depth_growth(setting: Setting) -> float:
     rule = get_rule(setting.rule)
     if rule.alpha < 0.5:
         return math.inf
-    slopes = predicted_slopes(rule, get_family("sgd"))
-    own = slopes["outer"] if setting.block_layers == 1 else max(slopes["inner"], slopes["outer"])
-    return max(0.0, 1 - rule.alpha + own)
+    slopes = predicted_slopes(rule, get_family("sgd"), inner_layers=setting.block_layers > 1)
+    return max(0.0, slopes["function"])
 
 
 @dataclass(frozen=True)
@@ -234,21 +234,22 @@ class Returns:
         return "\n".join([*lines, f"a single network's outputs vary by {self.seed_spread:.3g} from seed to seed"])
 
 
+@overload
 def returns(
-    setting: Setting,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    width: int = 4096,
-    seeds: int = 16,
-    **options: Any,
-) -> Returns:
+    setting: Setting, inputs: Tensor, targets: Tensor, *, width: int = 4096, seeds: int = 16, **options: Any
+) -> Returns: ...
+@overload
+def returns(setting: Callable[[int, int], nn.Module], inputs: Any, targets: Tensor, **options: Any) -> Gains: ...
+def returns(
+    setting: Any, inputs: Any, targets: Tensor, *, width: int = 4096, seeds: int = 16, **options: Any
+) -> Returns | Gains:
     """How much the next doubling of depth or width still changes a network that is trained on these data.
 
     The simulation is exact in law at finite width too, so the next doubling is measured, not extrapolated.
 
     Args:
-        setting: as for `nfd.simulate`.
+        setting: as for `nfd.simulate`, or a factory (depth, width) -> model of a network of yours, for which
+            ``options`` are those of `gains.gains`: depth, optimizer, steps and so on.
         inputs: likewise.
         targets: likewise.
         width: n of the network.
@@ -262,6 +263,8 @@ def returns(
     >>> print(returns(setting, torch.eye(2), torch.ones(2), width=200, seeds=4))  # doctest: +ELLIPSIS
     twice the depth: outputs change by ...
     """
+    if not isinstance(setting, Setting):
+        return gains(setting, inputs, targets, width=width, seeds=seeds, **options)
     positive_integers("seeds", [seeds])
     if seeds < 2:
         raise DepthMuPError("a single seed has no spread: seeds=2 or more")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.nfd.building import implicit_model
 from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, checked_coupling, checked_dtype
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
@@ -32,12 +33,14 @@ class Prediction:
         outputs: the model's main output on the inputs, (seeds, steps + 1, *output).
         losses: (seeds, steps + 1).
         hidden: names of the matrices that were never formed.
+        rows: of a `FeatureMonitor` on each seed's model, with a record at each step; empty without ``probe``.
     """
 
     width: int
     outputs: Tensor
     losses: Tensor
     hidden: tuple[str, ...]
+    rows: tuple[list[dict[str, Any]], ...] = ()
 
     def mean(self, name: str = "outputs") -> Tensor:
         """Mean over seeds of one of the fields."""
@@ -59,6 +62,7 @@ def predict(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     steps: int,
     loss: Callable[[Any, Tensor], Tensor] | None = None,
+    probe: Any = None,
     seeds: int | Sequence[int] = 4,
     coupling: Coupling = "reused",
     device: torch.device | str | None = None,
@@ -75,10 +79,13 @@ def predict(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         targets: handed to the loss.
         width: of the model. Rows that a matrix is multiplied by in all steps together must be fewer than its columns.
-        optimizer: model -> optimizer: torch's SGD with momentum, nesterov and weight decay as wanted, or `dm.SGD` after
-            `dm.parametrize(model, ...)` in the same function.
+        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon; or `dm.SGD` or `dm.Muon`
+            after `dm.parametrize(model, ...)` in the same function. Adam, AdamW and Adafactor are refused: their steps
+            need each entry of a matrix.
         steps: optimizer steps.
         loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
+        probe: inputs on which a `FeatureMonitor` watches each step, for ``monitor.report(prediction=...)`` and
+            `comparison.compare`; ``None`` does not watch.
         seeds: how many, or which; one after the other.
         coupling: ``"reused"`` predicts real networks; ``"decoupled"`` sends gradients back through others.
         device: where to train; ``None`` is the CPU.
@@ -104,18 +111,23 @@ def predict(
     inputs, targets = _moved(inputs, device, dtype), _moved(targets, device, dtype)
     hidden: tuple[str, ...] = ()
     outputs, losses = [], []
+    rows: list[list[dict[str, Any]]] = []
     with bar("predicting", len(which) * steps, show=progress) as advance:
         for seed in which:
             model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
             weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
             hidden = tuple(weights)
-            run = _Run(model, weights, optimizer(model), loss or default_loss, steps)
+            stepping = optimizer(model)
+            before = {name: _asked(weight) for name, weight in weights.items()}
+            monitor = None if probe is None else FeatureMonitor(model, _moved(probe, device, dtype))
+            run = _Run(model, weights, stepping, loss or default_loss, steps, before, monitor)
             with own_random_state():
                 torch.manual_seed(seed)
                 values = run.train(inputs, targets, advance)
             outputs.append(torch.stack([output for output, _ in values]))
             losses.append(torch.stack([value for _, value in values]))
-    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), hidden)
+            rows += [] if monitor is None else [monitor.rows]
+    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), hidden, tuple(rows))
 
 
 def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) -> Any:
@@ -126,20 +138,28 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) ->
     return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, tuple | list) else value
 
 
+def _asked(weight: ImplicitWeight) -> int:
+    """Directions asked of a matrix so far, from both sides: a transposed weight is asked from the left."""
+    start = weight.matrix.start
+    return start.right_side.count + start.left_side.count
+
+
 @dataclass
 class _Run:
-    """One seed's training."""
+    """One seed's training. ``before`` is what was asked of each matrix before the monitor was made."""
 
     model: nn.Module
     weights: Mapping[str, ImplicitWeight]
     optimizer: torch.optim.Optimizer
     loss: Callable[[Any, Tensor], Tensor]
     steps: int
+    before: Mapping[str, int]
+    monitor: FeatureMonitor | None
 
     def train(self, inputs: Any, targets: Tensor, advance: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
         """Output and loss before each step and after the last one."""
         values = []
-        before = self._asked()
+        watched = {name: _asked(weight) for name, weight in self.weights.items()}
         for step in range(self.steps + 1):
             with torch.set_grad_enabled(step < self.steps):
                 output = call(self.model, inputs)
@@ -147,33 +167,41 @@ class _Run:
             if not bool(torch.isfinite(value)):
                 raise DepthMuPError(f"the network diverged at step {step}: take a smaller learning rate")
             values.append((main_output(output).detach().clone(), value.detach()))
+            if step == 0:
+                self._make_room(watched)
+            if self.monitor is not None:
+                self.monitor.record(step)
             if step == self.steps:
                 break
-            if step == 0:
-                self._check_room(before)
             self.optimizer.zero_grad()
             value.backward()
-            self.optimizer.step()
+            self._step()
             advance()
         return values
 
-    def _asked(self) -> dict[str, int]:
-        """Directions asked of each matrix so far, from both sides: a transposed weight is asked from the left."""
-        starts = {name: weight.matrix.start for name, weight in self.weights.items()}
-        return {name: start.right_side.count + start.left_side.count for name, start in starts.items()}
+    def _step(self) -> None:
+        try:
+            self.optimizer.step()
+        except DepthMuPError as error:
+            raise DepthMuPError(
+                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed. SGD (with momentum, "
+                f"nesterov, weight decay) and Muon can, whose steps have low rank: {error}"
+            ) from error
 
-    def _check_room(self, before: Mapping[str, int]) -> None:
+    def _make_room(self, watched: Mapping[str, int]) -> None:
         """After the first forward pass: what all steps will ask of each matrix, against its size and the memory.
 
-        Before it, `dm.parametrize` or a monitor may have asked too.
+        Before it, `dm.parametrize` or a monitor may have asked too; the monitor asks as much again at each step.
         """
-        needed, now = 0, self._asked()
+        needed = 0
         for name, weight in self.weights.items():
             start: GaussianMatrix = weight.matrix.start
-            rows = now[name] - before[name]
-            queries = before[name] + (2 * self.steps + 1) * rows
+            asked_by_probe, rows = watched[name] - self.before[name], _asked(weight) - self.before[name]
+            rows = rows if self.monitor is None else max(rows - asked_by_probe, asked_by_probe // 2)
+            queries = watched[name] + (2 * self.steps + 1) * rows + self.steps * asked_by_probe
             needed += queries * (start.rows + start.columns) * weight.element_size()
-            asked, least = before[name] + (self.steps + 1) * rows, min(start.rows, start.columns)
+            asked = self.before[name] + (self.steps + 1) * (rows + asked_by_probe // 2)
+            least = min(start.rows, start.columns)
             if asked >= least:
                 raise DepthMuPError(
                     f"{name} of shape {tuple(weight.shape)} is multiplied by {rows} rows in a pass, and {self.steps} "
@@ -182,3 +210,6 @@ class _Run:
                     f"{math.ceil((asked + 1) / least)} times as large"
                 )
         check_memory(needed, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width")
+        for name, weight in self.weights.items():
+            for side in (weight.matrix.start.right_side, weight.matrix.start.left_side):
+                side.reserve(side.count + self.steps * (_asked(weight) - watched[name]))

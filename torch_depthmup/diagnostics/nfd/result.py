@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import textwrap
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch_depthmup.diagnostics.nfd.setting import Scales, Setting
 from torch_depthmup.diagnostics.shared.extras import needs
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import Rule, get_rule
+from torch_depthmup.tables import COLUMNS, columns, number
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["NFDResult", "SIZES", "collect"]
 
@@ -67,6 +72,24 @@ class NFDResult:
     times: tuple[int, ...]
     diverged: tuple[int, float] | None = None
 
+    def __str__(self) -> str:
+        """The loss and the sizes of the updates at each step, means over seeds and layers."""
+        setting, seeds = self.setting, len(self.losses)
+        head = (
+            f"{setting.depth} blocks of {setting.block_layers} layers, width {self.width}, rule "
+            f"{get_rule(setting.rule).label}, lr {setting.lr:g}, {self.coupling}: {seeds} seed{'s' * (seeds > 1)}"
+        )
+        updates = [name for name in SIZES if not name.endswith("moment")]
+        sizes = {name: self.mean(name).mean(1) for name in updates}
+        losses, errors = self.mean("losses"), self.error("losses")
+        rows = []
+        for step in range(self.losses.shape[1]):
+            loss = f"{number(float(losses[step]))} ± {number(float(errors[step]), 1)}"
+            rows.append((str(step), (loss, *(number(float(sizes[name][step])) for name in updates))))
+        header = ("step", "loss", *(name.replace("_", " ") for name in updates))
+        told = [] if self.diverged is None else ["diverged at step {}, layer time {:.2f}".format(*self.diverged)]
+        return "\n".join([*textwrap.wrap(head, COLUMNS), *columns(header, rows), *told])
+
     def mean(self, name: str) -> Tensor:
         """Mean over seeds of one of the fields."""
         return getattr(self, name).mean(0)
@@ -74,9 +97,9 @@ class NFDResult:
     def error(self, name: str) -> Tensor:
         """Standard error over seeds of one of the fields; nan for a single seed."""
         value = getattr(self, name)
-        return value.std(0) / math.sqrt(len(value))
+        return value.std(0) / math.sqrt(len(value)) if len(value) > 1 else torch.full_like(value[0], math.nan)
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """Tidy pandas frame of the sizes: step, t, quantity, mean, error.
 
         Raises:

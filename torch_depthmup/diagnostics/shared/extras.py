@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["frame", "needs"]
 
@@ -23,7 +26,7 @@ def needs(module: str) -> Any:
         ) from error
 
 
-def frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> Any:
+def frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pandas.DataFrame:
     """Rows as a pandas data frame with these columns, also when there are no rows yet.
 
     Raises:

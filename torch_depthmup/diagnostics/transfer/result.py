@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_depthmup.diagnostics.shared.extras import frame, needs
 from torch_depthmup.diagnostics.transfer.optimum import Curve, Estimate, Optimum, difference, optimum_of
@@ -19,6 +19,9 @@ from torch_depthmup.diagnostics.transfer.runs import Run
 from torch_depthmup.errors import DepthMuPError, MeasurementError
 from torch_depthmup.rules import Rule, get_rule
 from torch_depthmup.tables import COLUMNS, Table, columns, number
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Sweep"]
 
@@ -221,7 +224,7 @@ class Sweep:
     def _at_grid_end(self, rule: str, depth: int) -> bool:
         return (rule, depth) in self._curves and self.optimum(rule, depth).at_grid_end
 
-    def frame(self) -> Any:
+    def frame(self) -> pandas.DataFrame:
         """A tidy pandas frame: rule, depth, lr, seed, loss, diverged, seconds; a row for each run.
 
         Raises:

@@ -1,0 +1,96 @@
+"""Which additions form a stream, and which branch and side a parameter belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions
+from torch_depthmup.tracing.choosing import above
+from torch_depthmup.tracing.graph import Graph
+
+__all__ = ["loose_matrices", "sides_of", "streams_of"]
+
+
+def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
+    """The stream of each addition: that of the additions its skip comes from, else a new one."""
+    stream_of: dict[int, int] = {}
+    nodes = {residual.node for residual in found}
+    streams = []
+    # A branch that contains residual additions holds a stream of its own.
+    holder = {
+        inner.node: min(
+            (o for o in found if inner.node in o.parts.nodes), key=lambda o: len(o.parts.nodes), default=None
+        )
+        for inner in found
+    }
+    for residual in found:
+        only = graph.only(residual.skip, residual.branch) if residual.projection else 0
+        before = [
+            node
+            for node in nearest_additions(graph, residual.skip, nodes, within=only)
+            if node in stream_of and holder[node] is holder[residual.node]
+        ]
+        stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
+        streams.append(stream_of[residual.node])
+    return streams
+
+
+def sides_of(
+    graph: Graph, found: list[ResidualAddition], names: list[str], streams: list[int]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
+    """For each parameter the branch it belongs to and its side there (0 inner, 1 outer); and the tied weights."""
+    users: dict[str, dict[int, int]] = {}
+    inside: set[int] = set()
+    for i, residual in enumerate(found):
+        inside |= residual.parts.nodes
+        for name, side in residual.parts.sides.items():
+            users.setdefault(name, {})[i] = side
+    elsewhere: set[str] = set()
+    for i, node in enumerate(graph.nodes):
+        if node.is_data and i not in inside:
+            elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+    sides: dict[str, tuple[int, int]] = {}
+    for name, at in users.items():
+        innermost = min(at, key=lambda i: len(found[i].parts.nodes))
+        nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
+        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
+            sides[name] = (innermost, at[innermost])
+    shared = users.keys() - sides.keys()
+    # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
+    # parameter is shared is one matrix at several depths.
+    factors = set().union(*(residual.parts.factors for residual in found))
+    tied = {name for factor in factors if factor <= shared for name in factor}
+    return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
+
+
+def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
+    """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
+
+    Joint attention has queries, keys and values of two streams in the branches of both.
+    """
+    if len(set(at.values())) > 1:
+        return False
+    from_one_place = len({found[i].start for i in at}) == 1
+    depths = {streams.count(streams[i]) for i in at}
+    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
+
+
+def loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:
+    """Matrices that are used outside all residual branches, chosen by the user or not, and outside their shortcuts."""
+    accounted: set[int] = set().union(*(residual.parts.nodes for residual in found))
+    for residual in found:
+        if residual.projection:
+            accounted |= set(_indices(graph.only(residual.skip, residual.branch)))
+    inside, outside = set[str](), set[str]()
+    for i, node in enumerate(graph.nodes):
+        if node.is_weight_operation:
+            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+            (inside if i in accounted else outside).update(used)
+    return frozenset(name for name in outside - inside if not excluded & set(above(name)))
+
+
+def _indices(bits: int) -> Iterator[int]:
+    """The positions of the ones in a bit set."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
