@@ -88,5 +88,22 @@ def test_the_readmes_measurements_are_the_committed_ones(setup: str) -> None:
     assert f"| `{setup}` | {' | '.join(cell(setup, rule) for rule in rules)} |" in README
 
 
+@pytest.mark.parametrize(
+    "run, name",
+    [
+        (("2", "64", "True"), "2 layers x 64, tuned"),
+        (("12", "256", "True"), "12 x 256 with `dm.parametrize`"),
+        (("12", "256", "False"), "12 x 256 without"),
+    ],
+)
+def test_the_readmes_language_model_is_the_committed_one(run: tuple[str, str, str], name: str) -> None:
+    losses: dict[float, list[float]] = {}
+    with (ROOT / "examples" / "transfer_llm.csv").open() as file:
+        for row in csv.DictReader(file):
+            if (row["layers"], row["width"], row["plugin"]) == run:
+                losses.setdefault(float(row["lr"]), []).append(float(row["loss"]))
+    assert f"| {name} | {' | '.join(f'{median(losses[lr]):.2f}' for lr in sorted(losses))} |" in README
+
+
 def test_the_readme_is_short() -> None:
     assert README.count("\n") < 150

@@ -150,6 +150,7 @@ def main() -> None:
     sweep.frame().to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
     title = f"CIFAR-10 at {SIDE} pixels, {options.steps} batches of {BATCH}, {options.setup}"
     figure = dm.diagnostics.plots.transfer_figure(sweep, title=title)
+    figure.axes[0].yaxis.set_major_formatter("{x:.2f}")
     figure.savefig(HERE.parent / "figures" / f"{name}.png", dpi=130)
 
 
