@@ -48,7 +48,7 @@ def checked_dtype(dtype: torch.dtype) -> torch.dtype:
         DepthMuPError: it is another one.
     """
     if dtype not in (torch.float32, torch.float64):
-        raise DepthMuPError(f"dtype must be torch.float32 or torch.float64, not {dtype}: less hides directions")
+        raise DepthMuPError(f"dtype must be torch.float32 or torch.float64, not {dtype}: it is too coarse")
     return dtype
 
 

@@ -105,9 +105,9 @@ def _check_width(setting: Setting, samples: int, points: int, width: int) -> Non
     queries = (setting.steps + 1) * points + setting.steps * samples
     if width <= queries:
         raise DepthMuPError(
-            f"{points} points over {setting.steps} steps ask {queries} questions of each matrix, as many as a width of "
-            f"{width} has directions, so nothing would be random any more. The smallest width is {queries + 1}; the "
-            "limit of infinite width asks for several times that"
+            f"{points} points over {setting.steps} steps multiply each matrix with {queries} vectors, which fill all "
+            f"directions of width {width}. The smallest width is {queries + 1}; take several times that to come near "
+            "the limit of infinite width"
         )
 
 
