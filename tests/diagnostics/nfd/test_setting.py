@@ -25,7 +25,7 @@ from torch_depthmup.errors import DepthMuPError
         ({"loss": "cross_entropy"}, "class indices"),
         ({"seeds": []}, "at least one integer"),
         ({"batch_size": 0}, "batch_size"),
-        ({"width": 20}, r"ask 21 questions.*smallest width is 22"),
+        ({"width": 20}, r"with 21 vectors.*smallest width is 22"),
         ({"width": 10**9}, "GB"),
         ({"coupling": "reuse"}, "coupling must be one of 'reused', 'decoupled'"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64"),
