@@ -13,7 +13,7 @@ from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.plots import initial_figure
 from torch_depthmup.running import normalise_name
 from torch_depthmup.tables import Table, columns, fold_names
-from torch_depthmup.tracing.branches import Branch, find_branches, left_alone_rows, roles
+from torch_depthmup.tracing.branches import Branch, find_branches, left_alone_lines, left_alone_rows, roles
 
 __all__ = ["add_arguments", "branch_rows", "parameter_rows", "run"]
 
@@ -45,8 +45,12 @@ def run(options: argparse.Namespace) -> int:
     summary = f"{len(monitor.branches)} residual branches in {len(depths)} stream{'s' if len(depths) > 1 else ''}"
     summary += f" of {', '.join(map(str, depths.values()))} additions"
     branches, parameters = branch_rows(monitor.branches), parameter_rows(monitor.branches, model)
-    left_alone = left_alone_rows(find_branches(model, inputs, explain=True).left_alone)
-    print("\n".join([summary, "", *columns(*branches), "", *columns(*parameters), "", *columns(*left_alone)]))
+    left_alone = find_branches(model, inputs, explain=True).left_alone
+    print(
+        "\n".join(
+            [summary, "", *columns(*branches), "", *columns(*parameters), "", *left_alone_lines(left_alone)]
+        ).rstrip()
+    )
     blocks = [
         page.paragraph(f"{summary}, found on one forward pass of {sources.EXAMPLES} samples."),
         page.figure(
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             quiet=True,
         ),
         page.heading("Sums that are left alone"),
-        page.named_table(*left_alone),
+        page.named_table(*left_alone_rows(left_alone)),
         page.following(
             "Is a branch missing, or one too many? Name it in code: dm.parametrize(..., branches=['<module>']) or "
             "exclude=['<module>'].",

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
-from torch_depthmup.tables import Table, columns, fold_names
+from torch_depthmup.tables import COLUMNS, Table, columns, fold_names
 from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions, trunk_of
 from torch_depthmup.tracing.choosing import (
     Pattern,
@@ -39,6 +40,7 @@ __all__ = [
     "LeftAlone",
     "Pattern",
     "Site",
+    "left_alone_lines",
     "left_alone_rows",
     "Trace",
     "TracedBranch",
@@ -140,11 +142,22 @@ class Found:
     def __str__(self) -> str:
         cells: dict[str, tuple[str, ...]] = {b.name: (f"{b.stream}", b.skip, f"{b.levels}") for b in self.branches}
         branches = columns(("branch", "stream", "skip", "levels"), fold_names(cells))
-        return "\n".join([*branches, "", *columns(*left_alone_rows(self.left_alone))])
+        return "\n".join([*branches, "", *left_alone_lines(self.left_alone)])
+
+
+def left_alone_lines(left_alone: Sequence[LeftAlone]) -> list[str]:
+    """The sums that are no residual additions, for a terminal."""
+    lines = []
+    for left in left_alone:
+        text = (
+            f"{left.count} sum{'s' * (left.count > 1)} left alone in {left.place or 'the model'}: {left.reason.value}"
+        )
+        lines += textwrap.wrap(text, COLUMNS, subsequent_indent="  ")
+    return lines
 
 
 def left_alone_rows(left_alone: Sequence[LeftAlone]) -> Table:
-    """The sums that are no residual additions, for a table."""
+    """The same, for a page."""
     rows: list[tuple[str, tuple[str, ...]]] = [
         (left.place or "the model", (f"{left.count}", left.reason.value)) for left in left_alone
     ]
