@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,3 +90,12 @@ def test_layers_of_one_branch_are_no_blocks() -> None:
     model = nn.Sequential(*[dm.Residual(half()) for _ in range(6)])
     plan = dm.parametrize(model, depth_multiplier=3, example_inputs=X)
     assert {plan[f"{i}.branch.0.weight"].role for i in range(6)} == {"inner"}
+
+
+def test_a_kind_that_the_base_has_not_is_of_another_family() -> None:
+    def net(depth: int, bias: bool) -> nn.Module:
+        model = nn.Sequential(*[dm.Residual(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))) for _ in range(depth)])
+        return nn.Sequential(OrderedDict(stem=nn.Linear(4, 4, bias=bias), blocks=model))
+
+    with pytest.raises(dm.DepthMuPError, match=r"stem\.bias has no counterpart in the base"):
+        dm.parametrize(net(4, True), base=net(2, False), example_inputs=torch.randn(2, 4))

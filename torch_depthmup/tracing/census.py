@@ -35,6 +35,11 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
     grown = _grown(trace, base, layers)
     repeated = {len(members) for members in parts.values() if len(members) >= MANY}
     for kind, names in outside.items():
+        if base is not None and not any(_kind(name, layers) == kind for name in base.reached):
+            raise AmbiguousBranchError(
+                f"{names[0]} has no counterpart in the base, where no parameter has such a name. Build model and base "
+                "with the same code"
+            )
         if base is not None and kind in grown and len(names) > len(there.get(kind, ())):
             _refuse(
                 trace, names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base"
