@@ -169,8 +169,6 @@ def _producer(value: Any) -> Edge | None:
     # Where autograd does not record, as inside of a custom Function's forward, a view of a weight has no node.
     if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
         return None
-    if value.grad_fn is None and value._is_view():
-        return None  # of a parameter, inside a custom function: it has no part in the graph
     edge = torch.autograd.graph.get_gradient_edge(value)
     return edge.node, edge.output_nr
 
