@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import InitialSize
-from torch_depthmup.scaling.verify import filled
+from torch_depthmup.scaling.verify import filled, scaled
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
@@ -148,16 +148,9 @@ def relative_sizes(
 
     inside = {name for branch in found.branches for name in (*branch.inner, *branch.outer)}
     parameters = dict(model.named_parameters())
-    changed = [(parameters[name], factor) for name, factor in (scales or {}).items() if factor != 1.0]
-    saved = [parameter.detach().clone() for parameter, _ in changed]
-    with torch.no_grad(), filled(parameters[name] for name in parameters if name in inside):
-        try:
-            for parameter, factor in changed:
-                parameter.mul_(factor)
-            run_metered(model, inputs, Meter(found, visit))
-        finally:
-            for (parameter, _), value in zip(changed, saved, strict=True):
-                parameter.copy_(value)
+    factors = [(parameters[name], factor) for name, factor in (scales or {}).items()]
+    with torch.no_grad(), filled(parameters[name] for name in parameters if name in inside), scaled(factors):
+        run_metered(model, inputs, Meter(found, visit))
     return sizes
 
 
