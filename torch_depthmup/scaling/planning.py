@@ -24,7 +24,7 @@ from torch_depthmup.scaling.initialization import (
 )
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
-from torch_depthmup.scaling.readouts import with_readouts
+from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, with_readouts
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
@@ -200,12 +200,25 @@ def make_plan(
     if how == "fold":
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
-    entries, hung = with_readouts(seen.model, found, entries, copies)
+    entries, hung = with_readouts(seen.model, found, entries, copies, _missing_powers(seen, base, entries))
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
     entries, hung = scaled_as_originals(entries, hung, copies, found.reached)
     made = Plan(rule, how, streams, planned, tuple(entries), hung, copies, found.left_alone)
     return resolve(made, seen.model, keep=initialization == "keep")
+
+
+def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedParameter]) -> dict[str, float]:
+    """Of each readout's 1 / width_mult what the forward pass lacks; nothing is known without values."""
+    if base is None or seen.inputs is None:
+        return {}
+    if not (seen.has_values and base.has_values):
+        refuse_computed(seen.found, entries)
+        return {}
+    factors = {name: width * depth for name, (width, depth) in _corrections(entries, seen.model).items()}
+    with widths.shaped(seen.model), widths.shaped(base.model):
+        pair = (seen.model, seen.inputs), (base.model, base.inputs)
+        return missing_powers(*pair, seen.found, base.found, entries, factors)
 
 
 def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]) -> float:

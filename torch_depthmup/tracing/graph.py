@@ -6,9 +6,10 @@ This room knows tensors, modules and autograd nodes, and no residual branches: `
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -252,9 +253,11 @@ def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: _Re
     parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
     ndims = dict(parameters.values())
     nodes: list[Node] = []
+    weights = _parametrized(recorder)
     for edge in order:
         for kind, inputs in _steps(edge, nodes, index, recorder.writes):
-            nodes.append(_node(kind, inputs, edge[0], nodes, parameters, ndims))
+            node = _node(kind, inputs, edge[0], nodes, parameters, ndims)
+            nodes.append(_as_weight(node, nodes) if edge in weights else node)
         index[edge] = len(nodes) - 1
     outputs = frozenset(index[root] for root in roots)
     consumers = _consumers(nodes, outputs)
@@ -273,6 +276,24 @@ def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: _Re
     for name, returned in recorder.returned:
         outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of, outputs)
+
+
+def _parametrized(recorder: _Recorder) -> set[Edge]:
+    """What computes a parametrized weight, from whatever constants: spectral norm keeps vectors to multiply with."""
+    made = [edge for name, returned in recorder.returned if _is_parametrization(name) for edge, _ in returned if edge]
+    return set(_topological(made))
+
+
+def _is_parametrization(module: str) -> bool:
+    return re.search(r"(^|\.)parametrizations\.[^.]+$", module) is not None
+
+
+def _as_weight(node: Node, nodes: Sequence[Node]) -> Node:
+    """A node that would be taken for data, as a part of a weight."""
+    if not node.is_data or node.kind in (Kind.LEAF, Kind.LOOKUP):
+        return node
+    weights = frozenset[str]().union(*(nodes[i].weights for i in node.inputs if i >= 0))
+    return replace(node, is_data=False, weights=weights, is_weight_operation=False)
 
 
 def _consumers(nodes: list[Node], outputs: frozenset[int]) -> list[list[int]]:

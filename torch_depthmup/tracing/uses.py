@@ -21,6 +21,7 @@ class Use:
         given: shape of its value.
         is_weight_operation: whether it is a matrix product, a convolution or the like.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
+        is_last: whether no weight operation follows.
         is_normalised: whether its value goes through a fused norm before anything that is not linear.
         modules: the modules that return its value, up to linear operations, as (name, which of its outputs).
         partners: the other parameters that are added to the value on its way out of these modules.
@@ -31,6 +32,7 @@ class Use:
     given: tuple[int, ...]
     is_weight_operation: bool
     is_direct: bool
+    is_last: bool
     is_normalised: bool
     modules: tuple[tuple[str, int], ...]
     partners: tuple[str, ...]
@@ -44,6 +46,7 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
             for output, at in enumerate(outputs):
                 returned.setdefault(at, []).append((module, output))
     uses: dict[str, list[Use]] = {}
+    last = _without_followers(graph)
     for i, node in enumerate(graph.nodes):
         weights = graph.weight_inputs(i) if node.is_data else []
         if not weights:
@@ -60,12 +63,22 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     given=node.shape,
                     is_weight_operation=node.is_weight_operation,
                     is_direct=graph.nodes[j].is_direct,
+                    is_last=i in last,
                     is_normalised=is_normalised,
                     modules=modules,
                     partners=(*others, *partners),
                 )
                 uses.setdefault(name, []).append(use)
     return {name: tuple(found) for name, found in uses.items()}
+
+
+def _without_followers(graph: Graph) -> frozenset[int]:
+    """The nodes after which no weight operation comes."""
+    found: set[int] = set()
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        if all(j in found and not graph.nodes[j].is_weight_operation for j in graph.consumers[i]):
+            found.add(i)
+    return frozenset(found)
 
 
 def _afterwards(
