@@ -15,6 +15,7 @@ from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
+from torch_depthmup.scaling.heads import with_head_sizes
 from torch_depthmup.scaling.initialization import (
     correction,
     default_bounds,
@@ -200,6 +201,9 @@ def make_plan(
     if how == "fold":
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
+    if base is not None and any(entry.width is not None for entry in entries):
+        base_names = [name for name, _ in base.model.named_parameters()]
+        entries = with_head_sizes(found, base.found, base_names, entries)
     entries, hung = with_readouts(seen.model, found, entries, copies, _missing_powers(seen, base, entries))
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
