@@ -20,8 +20,10 @@ import math
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from cifar_transfer import HERE, WIDTH, Network, images
@@ -33,7 +35,7 @@ BATCH, SAMPLES = 32, 12_500
 SETUPS = {"tuned": (1, 1), "batch x 4": (4, 1), "duration x 4": (1, 4), "both x 4": (4, 4)}
 """Multiples of batch size and number of images."""
 LRS = [2.0**i for i in range(-11, -3)]
-Rows = list[dict[str, float | str]]
+HEADER = ["set-up", "learning rate", "best", "loss there", "regret of the tuned rate"]
 
 
 def run(source: str, lr: float, seed: int, batch: int, duration: int, rule: bool) -> float:
@@ -59,22 +61,20 @@ def run(source: str, lr: float, seed: int, batch: int, duration: int, rule: bool
     return statistics.fmean(losses[-len(losses) // 5 :])
 
 
-def table(rows: Rows) -> str:
-    """Best rates, and regrets with the standard error of their paired differences."""
-    losses: dict[tuple, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def regrets(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """For each set-up and way: best rate, loss there, and the tuned rate's regret with the error over paired seeds."""
+    losses: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         losses[row["setup"], row["how"]][float(row["lr"])].append(float(row["loss"]))
     best = {key: min(curve, key=lambda lr: statistics.fmean(curve[lr])) for key, curve in losses.items()}
     tuned = best["tuned", "as it is"]
-    lines = [f"{'set-up':<14}{'how':<11}{'best rate':>10}{'loss there':>12}{'regret of the tuned rate':>26}"]
+    found = []
     for key, curve in losses.items():
         paired = [there - least for there, least in zip(curve[tuned], curve[best[key]], strict=True)]
         error = statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else math.nan
-        lines.append(
-            f"{key[0]:<14}{key[1]:<11}{'2^' + str(round(math.log2(best[key]))):>10}"
-            f"{statistics.fmean(curve[best[key]]):>12.4f}{statistics.fmean(paired):>18.4f} +- {error:.4f}"
-        )
-    return "\n".join(lines)
+        numbers = f"{statistics.fmean(curve[best[key]]):.4f}", f"{statistics.fmean(paired):.4f} ± {error:.4f}"
+        found.append([*key, f"2^{round(math.log2(best[key]))}", *numbers])
+    return found
 
 
 def main() -> None:
@@ -86,13 +86,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start, rows = time.perf_counter(), []
+    start, rows = time.perf_counter(), list[dict[str, Any]]()
     ways = [("tuned", "as it is"), *product([name for name in SETUPS if name != "tuned"], ["as it is", "rule"])]
     for (setup, how), lr, seed in product(ways, LRS, range(options.seeds)):
         loss = run(options.data, lr, seed, *SETUPS[setup], rule=how == "rule")
         rows.append({"setup": setup, "how": how, "lr": lr, "seed": seed, "loss": round(loss, 6)})
         print(f"\r{len(rows)} of {len(ways) * len(LRS) * options.seeds} runs", end="", flush=True)
-    print(f"\r{table(rows)}\n{time.perf_counter() - start:.0f} s")
+    print(f"\r{'   '.join(HEADER)}", *("   ".join(line) for line in regrets(rows)), sep="\n")
+    print(f"{time.perf_counter() - start:.0f} s")
     with open(options.out / "horizon.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
