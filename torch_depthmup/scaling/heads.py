@@ -58,8 +58,8 @@ def _warn(unmet: Sequence[tuple[Attention, Attention, float]]) -> None:
     warnings.warn(
         f"{len(unmet)} attentions have heads of another size than the base ({where}: {attention.size}, base "
         f"{base.size}), and width asks for scores of 1 / head size: {missing:.4g} of it is missing, and no parameter "
-        f"makes queries alone that could carry it. Multiply scores by {kept / attention.size:.4g} "
-        f"(scale={kept:.4g} / head_dim, which is the base's own at its head size), or keep the head size and give the model more heads",
+        f"makes queries alone that could carry it. Multiply scores by {kept / attention.size:.4g} (scale={kept:.4g} / "
+        "head_dim, which is the base's own at its head size), or keep the head size and give the model more heads",
         UserWarning,
         stacklevel=5,
     )

@@ -322,7 +322,8 @@ def _wanted_sizes(
         size = initial_size(theirs[other.name], bounds.get(other.name))
         if size is not None:
             factor = 1.0 if width is None else width.multiplier**width.size_exponent
-            sizes[name] = InitialSize(size.size * factor, size.error)
+            exact = None if size.exact is None else size.exact * factor
+            sizes[name] = InitialSize(size.size * factor, size.error, exact)
     return sizes, kinds
 
 

@@ -410,7 +410,8 @@ def _factor(kind: Kind, autograd_node: Any) -> float:
     saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
     if isinstance(saved, Tensor) and (saved.ndim or saved.is_meta) or not isinstance(saved, Tensor | float | int):
         return 1.0
-    return 1 / float(saved) if kind is Kind.DIVIDE and float(saved) else float(saved)
+    number = float(saved.detach() if isinstance(saved, Tensor) else saved)
+    return 1 / number if kind is Kind.DIVIDE and number else number
 
 
 def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:

@@ -19,6 +19,7 @@ class Use:
         kind: what the operation does.
         taken: shape of the data that it takes; empty where that is a constant or a lookup.
         given: shape of its value.
+        operands: how many data it takes: 2 for a bilinear layer.
         is_weight_operation: whether it is a matrix product, a convolution or the like.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
         is_last: whether no weight operation follows.
@@ -30,6 +31,7 @@ class Use:
     kind: Kind
     taken: tuple[int, ...]
     given: tuple[int, ...]
+    operands: int
     is_weight_operation: bool
     is_direct: bool
     is_last: bool
@@ -61,6 +63,7 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     kind=node.kind,
                     taken=graph.nodes[data[0]].shape if data else (),
                     given=node.shape,
+                    operands=len(data),
                     is_weight_operation=node.is_weight_operation,
                     is_direct=graph.nodes[j].is_direct,
                     is_last=i in last,
