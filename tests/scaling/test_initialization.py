@@ -183,3 +183,32 @@ def test_few_values_are_not_taken_for_another_size() -> None:
                     nn.init.uniform_(parameter, -0.1, 0.1)
         plan = dm.plan(models[0], base=models[1], example_inputs=X)
         assert {round(entry.scale / entry.folded, 6) for entry in plan.entries if entry.scale is not None} == {1.0}
+
+
+class DeepNorm(nn.Module):
+    """``norm(alpha x + f(x))`` with alpha = (2 L)^(1/4), and weights times (8 L)^(-1/4): arXiv 2203.00555, figure 2."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.f, self.norm = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), nn.LayerNorm(32)
+        self.alpha = (2 * depth) ** 0.25
+        for i in (0, 2):
+            nn.init.xavier_normal_(self.f[i].weight, gain=(8 * depth) ** -0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.alpha * x + self.f(x))
+
+
+@pytest.mark.parametrize("rule, wanted", [("depth-mup", -0.5), ("complete-p", -1.0)])
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+def test_what_deepnorm_has_of_the_multiplier_is_not_supplied_again(rule: str, wanted: float, how: str) -> None:
+    def net(depth: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 32), *[DeepNorm(depth) for _ in range(depth)], nn.Linear(32, 3))
+
+    plan = dm.parametrize(net(32), base=net(2), example_inputs=X, rule=rule, how=how)
+    branch = plan.planned_branches[0]
+    assert branch.forward == pytest.approx(16**-0.25)  # alpha, which stands on the skip
+    assert branch.initial == pytest.approx(16**-0.25)  # beta, in the outer weights
+    assert branch.supplied == pytest.approx(16 ** (wanted + 0.25))
+    assert plan["1.f.0.weight"].scale == pytest.approx(2)  # inner weights start as the base's
