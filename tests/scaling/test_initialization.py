@@ -212,3 +212,37 @@ def test_what_deepnorm_has_of_the_multiplier_is_not_supplied_again(rule: str, wa
     assert branch.initial == pytest.approx(16**-0.25)  # beta, in the outer weights
     assert branch.supplied == pytest.approx(16 ** (wanted + 0.25))
     assert plan["1.f.0.weight"].scale == pytest.approx(2)  # inner weights start as the base's
+
+
+def initialize(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+def test_a_base_on_meta_has_no_sizes_to_compare_with_unless_it_is_told_how_to_start() -> None:
+    model, real = network(4, 128), network(2, 32)
+    initialize(model)
+    initialize(real)
+    with torch.device("meta"):
+        base = plain(2, 32)
+    with pytest.warns(UserWarning, match="the sizes that its values start with are not known: .* Pass init="):
+        assert dm.plan(model, base=base, example_inputs=X, rule="mup")["1.a.1.weight"].scale == 1
+    state = torch.get_rng_state()
+    plan = dm.plan(model, base=base, example_inputs=X, rule="mup", init=initialize)
+    assert torch.equal(torch.get_rng_state(), state) and base[0].weight.is_meta
+    wanted = dm.plan(model, base=real, example_inputs=X, rule="mup")
+    assert plan["1.a.1.weight"].scale == 0.5
+    assert {e.name: e.scale for e in plan.entries} == {e.name: e.scale for e in wanted.entries}
+    with pytest.raises(dm.DepthMuPError, match=r"init= left 0.weight without values. Let it set every"):
+        dm.plan(model, base=base, example_inputs=X, rule="mup", init=lambda module: None)
+    with pytest.raises(dm.DepthMuPError, match="This base has values: leave init= out"):
+        dm.plan(model, base=real, example_inputs=X, rule="mup", init=initialize)
+
+
+def plain(depth: int, width: int) -> nn.Sequential:
+    body = [Branches(width, 1.0) for _ in range(depth)]
+    return nn.Sequential(nn.Linear(8, width), *body, nn.Linear(width, 3))

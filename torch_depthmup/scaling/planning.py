@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch_depthmup.scaling.initialization import (
     relative_sizes,
 )
 from torch_depthmup.scaling.matching import counterparts
+from torch_depthmup.scaling.materialising import initialized, warn_without_sizes
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, with_readouts
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
@@ -63,6 +64,7 @@ def plan(
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
     initialization: Initialization = "base",
+    init: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
     """The plan that `parametrize` would carry out. Changes nothing, and works on ``meta``; arguments as there.
 
@@ -83,6 +85,7 @@ def plan(
         TracingError: the branches cannot be read off the forward pass; AmbiguousBranchError names one.
     """
     options = {"include": include, "exclude": exclude, "branches": branches}
+    base = base if init is None else initialized(base, init)
     seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
     return make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
 
@@ -194,6 +197,8 @@ def make_plan(
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found, copies)
     entries = _entries(seen, base, rule, streams, copies)
+    if base is not None and any(entry.width is not None and entry.width.widths for entry in entries):
+        warn_without_sizes(base.model)
     planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams, copies)) for b in found.branches)
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
