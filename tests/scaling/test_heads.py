@@ -104,6 +104,7 @@ def test_more_heads_of_one_size_need_nothing() -> None:
     assert not any("makes queries" in entry.reason for entry in plan.entries)
 
 
+@pytest.mark.filterwarnings("ignore:the base is narrower and on the meta device")
 def test_the_same_is_planned_on_meta() -> None:
     with torch.device("meta"):
         large, small = network("plain", 128), network("plain", 32)

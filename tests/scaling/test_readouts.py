@@ -144,6 +144,7 @@ def test_hidden_weight_norm_scales_directions_as_a_matrix_and_gains_as_a_vector(
     assert plan.multipliers(direction.name, "adam").lr == 1 / 4 and plan.multipliers(gain.name, "adam").lr == 1
 
 
+@pytest.mark.filterwarnings("ignore:the base is narrower and on the meta device")
 def test_a_computed_readout_needs_values_to_be_planned_and_a_plain_one_does_not() -> None:
     with torch.device("meta"):
         weight_normed = reader("weight norm", 64), reader("weight norm", BASE)
