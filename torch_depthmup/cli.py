@@ -65,16 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(options.command, str(error))
     except SystemExit as error:  # not ours: its code must not look like a verdict
         return _refused(options.command, f"the code that was run called sys.exit({error.code!r})")
-    except Exception as error:  # of the user's network, data or training, which may raise anything
-        return _refused(options.command, f"{_place(error)}{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print(f"depthmup {options.command}: interrupted", file=sys.stderr)
         return 130
+    except BaseException as error:  # of the user's network, data or training, which may raise anything
+        return _refused(options.command, f"{_place(error)}{type(error).__name__}: {_said(error)}")
 
 
 def _refused(command: str, message: str) -> int:
     print(f"depthmup {command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _said(error: BaseException) -> str:
+    """An exception's message; it may be of a class that cannot even say it."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(its message raised {type(other).__name__})"
 
 
 def _place(error: BaseException) -> str:
