@@ -150,18 +150,9 @@ def which() -> str:
         alike = [rule for rule in trained if rule != best and not told_apart(trained, best, rule)]
         moves = f"{sweep.drift(best, deepest)}"
         seeds = str(len(sweep.curves(best, deepest)))
-        rows.append(
-            [*what, f"{deepest // base}", seeds, f"`{best}`", moves, ", ".join(map("`{}`".format, alike)) or "–"]
-        )
-    header = [
-        "network",
-        "optimizer",
-        "depth ratio",
-        "seeds",
-        "lowest loss under",
-        "its optimum moves by 2^",
-        "not told from",
-    ]
+        others = ", ".join(f"`{rule}`" for rule in alike) or "–"
+        rows.append([*what, f"{deepest // base}", seeds, f"`{best}`", moves, others])
+    header = ["network", "optimizer", "depth ratio", "seeds", "lowest loss", "its optimum moves by 2^", "not told from"]
     return table(header, rows)
 
 
@@ -181,9 +172,13 @@ def setups() -> str:
         counts = [str(sum(row["verdict"] == verdict for row in of)) for verdict in ("holds", "cannot tell", "broken")]
         others = [f"{row['optimizer']}, `{row['rule']}`: {row['why']}" for row in of if row["verdict"] != "holds"]
         lines.append([network, *counts, "<br>".join(others) or "–"])
-    return table(
-        ["network", "holds", "cannot tell", "broken", "which do not hold, and their slopes (the rule's)"], lines
-    )
+    return table(["network", "holds", "cannot tell", "broken", "not held: slopes (the rule's)"], lines)
+
+
+def numbers(path: str) -> str:
+    """A committed file of measurements as it is."""
+    found = _csv(path)
+    return table([name.replace("_", " ") for name in found[0]], [row.values() for row in found])
 
 
 def _csv(path: str) -> list[dict[str, str]]:
@@ -206,6 +201,7 @@ WRITERS: dict[str, Callable[..., str]] = {
     "predicted": predicted,
     "collapse": collapse,
     "which": which,
+    "numbers": numbers,
     "coverage": coverage,
     "setups": setups,
 }

@@ -199,6 +199,7 @@ class _Process:
         self.spoiled = torch.ones_like(y)
         for _ in range(3):
             self.spoiled = self._how_spoiled()
+        self.likelihood = self._likelihood()
 
     def _covariances(self, settings: Tensor) -> tuple[Tensor, Tensor]:
         """Of the curve, and of the runs, for each setting."""
@@ -225,7 +226,7 @@ class _Process:
 
     def draws(self, places: Tensor, generator: torch.Generator) -> Tensor:
         """Curves, up to a constant each, of shape (`DRAWS`, places)."""
-        weights = self._likelihood().softmax(0)
+        weights = self.likelihood.softmax(0)
         likely = weights.topk(LIKELY).indices
         counts = torch.multinomial(weights[likely], DRAWS, replacement=True, generator=generator).bincount(
             minlength=LIKELY
@@ -236,8 +237,9 @@ class _Process:
 
     def each_seed(self, places: Tensor) -> Tensor:
         """The most likely curve of each seed, up to a constant each, of shape (seeds, places)."""
-        length, size, noise, apart = self.settings[self._likelihood().argmax()]
-        _, runs = (part[0] for part in self._covariances(torch.stack([length, size, noise, apart])[None]))
+        best = self.settings[self.likelihood.argmax()]
+        length, size, noise, apart = best
+        _, runs = (part[0] for part in self._covariances(best[None]))
         shape = _matern((places[:, None] - self.x).abs() / length)
         solved = torch.linalg.solve(runs, self.y)
         own = (noise * apart) ** 2 * self.same.unique(dim=0)
