@@ -4,7 +4,8 @@
     python examples/benchmarks/right_setups.py --share 0.35  # a random third
 
 In each, `dm.parametrize` and this package's optimizers do what the rule says, so "broken" is a false alarm. Muon
-takes matrices, so the convolutions are not trained with it. Writes right_setups.csv beside this file.
+takes matrices, so the convolutions are not trained with it. Writes right_setups.csv beside this file, and goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch_depthmup as dm
 
 WIDTH, TOKENS, INPUTS, CLASSES, SAMPLES = 32, 8, 16, 5, 32
 DEPTHS = (2, 4, 8, 16)
+HEADER = ["network", "optimizer", "rule", "verdict", "seeds", "why"]
 RULES = ("mup", "depth-mup", "depth-mup-corrected", "complete-p")
 
 
@@ -164,12 +166,15 @@ def loss(output: Tensor, targets: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the set-ups, drawn at random (default: all)")
+    parser.add_argument("--anew", action="store_true", help="without what the file holds already")
     options = parser.parse_args()
     start = time.perf_counter()
     setups = [s for s in itertools.product(NETWORKS, OPTIMIZERS, RULES) if s[:2] != ("conv, BatchNorm", "Muon")]
     chosen = set(random.Random(0).sample(setups, round(options.share * len(setups))))
-    rows = []
-    for network, optimizer, rule in filter(chosen.__contains__, setups):
+    path = Path(__file__).with_suffix(".csv")
+    rows = [HEADER] if options.anew or not path.exists() else list(csv.reader(path.open()))
+    done = {tuple(row[:3]) for row in rows}
+    for network, optimizer, rule in (setup for setup in setups if setup in chosen - done):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             check = dm.diagnostics.coordinate_check(
@@ -177,13 +182,11 @@ def main() -> None:
             )
         far = [f"{s.words} {s.measured:+.2f} ({s.prediction})" for s in check.slopes if s.verdict == check.verdict]
         why = "; ".join(far) if check.verdict != "holds" else ""
-        rows.append([network, optimizer, rule, check.verdict, max(s.seeds for s in check.slopes), why])
+        rows.append([network, optimizer, rule, check.verdict, str(max(s.seeds for s in check.slopes)), why])
         print(*rows[-1], *check.mistakes, sep=" | ", flush=True)
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", "optimizer", "rule", "verdict", "seeds", "why"])
-        writer.writerows(rows)
-    print(dict(Counter(row[3] for row in rows)), f"{time.perf_counter() - start:.0f} s")
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    print(dict(Counter(row[3] for row in rows[1:])), f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ questions, of which each has a CSV beside this file and a panel of figures/nfd.p
 - returns: what doubling the depth changes in the outputs, as `nfd.returns` predicts it at width 256 and as dense
   networks of that width do.
 
-Some minutes on one core.
+Some minutes of one core.
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ def drawn(found: dict[str, Rows]) -> Figure:
         _bars(right, rows, "predicted", "predicted_error", f"C{i}", "o-", f"{rule}, predicted")
         _bars(right, rows, "measured", "measured_error", f"C{i}", "s:", "networks")
     middle.set(title="GIA gap over the function's change", xlabel="depth", ylim=(0, None))
-    right.set(title="change of the outputs to twice the depth", xlabel="depth", yscale="log")
+    right.set(title="change of the outputs to twice the depth", xlabel="depth", ylim=(0, None))
     for panel, key in ((left, ""), (middle, "gap"), (right, "returns")):
         panel.set_xscale("log", base=2)
         ticks = sorted({row["depth"] for row in found[key]}) if key else widths
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
-        panel.legend(fontsize="x-small", frameon=False)
+        panel.legend(fontsize="x-small", frameon=False, loc="upper right" if panel is right else "lower left")
     return figure
 
 
