@@ -79,9 +79,10 @@ def predict(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         targets: handed to the loss.
         width: of the model. Rows that a matrix is multiplied by in all steps together must be fewer than its columns.
-        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon; or `dm.SGD` or `dm.Muon`
-            after `dm.parametrize(model, ...)` in the same function. Adam, AdamW and Adafactor are refused: their steps
-            need each entry of a matrix.
+        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon, of low rank; or
+            Adam, AdamW, Adafactor and others that act on gradients entry by entry. These take a matrix's entries from
+            the gradients of all steps so far, for each product again: time grows like width^2 steps^2, memory does not.
+            Likewise `dm.SGD`, `dm.AdamW`, ... after `dm.parametrize(model, ...)` in the same function.
         steps: optimizer steps.
         loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
         probe: inputs on which a `FeatureMonitor` watches each step, for ``monitor.report(prediction=...)`` and
@@ -184,8 +185,7 @@ class _Run:
             self.optimizer.step()
         except DepthMuPError as error:
             raise DepthMuPError(
-                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed. SGD (with momentum, "
-                f"nesterov, weight decay) and Muon can, whose steps have low rank: {error}"
+                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed: {error}"
             ) from error
 
     def _make_room(self, watched: Mapping[str, int]) -> None:
@@ -193,13 +193,14 @@ class _Run:
 
         Before it, `dm.parametrize` or a monitor may have asked too; the monitor asks as much again at each step.
         """
-        needed = 0
+        needed = largest = 0
         for name, weight in self.weights.items():
             start: GaussianMatrix = weight.matrix.start
             asked_by_probe, rows = watched[name] - self.before[name], _asked(weight) - self.before[name]
             rows = rows if self.monitor is None else max(rows - asked_by_probe, asked_by_probe // 2)
             queries = watched[name] + (2 * self.steps + 1) * rows + self.steps * asked_by_probe
-            needed += queries * (start.rows + start.columns) * weight.element_size()
+            own = queries * (start.rows + start.columns) * weight.element_size()
+            needed, largest = needed + own, max(largest, own)
             asked = self.before[name] + (self.steps + 1) * (rows + asked_by_probe // 2)
             least = min(start.rows, start.columns)
             if asked >= least:
@@ -209,7 +210,10 @@ class _Run:
                     "cheaper to train. Take fewer samples or steps, or a width at least "
                     f"{math.ceil((asked + 1) / least)} times as large"
                 )
-        check_memory(needed, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width")
+        # A product by entries holds the gradients' rows of all steps, of one matrix at a time.
+        check_memory(
+            needed + largest, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width"
+        )
         for name, weight in self.weights.items():
             for side in (weight.matrix.start.right_side, weight.matrix.start.left_side):
                 side.reserve(side.count + self.steps * (_asked(weight) - watched[name]))
