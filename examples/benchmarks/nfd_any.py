@@ -2,7 +2,7 @@
 
     python examples/benchmarks/nfd_any.py [--quick] [--width 4096] [--blocks 16] [--steps 5] [--optimizer adamw]
 
-A pre-norm transformer (4 heads, MLP of 4 n) on 4 sequences of 16 tokens under SGD or AdamW. Prints the ratio of training times
+A pre-norm transformer (4 heads, MLP of 4 n) on 4 sequences of 16 tokens. Prints the ratio of training times
 (network / prediction, median and range; making the network's matrices is not counted, making the implicit model is),
 peak memory of each in a process of its own and the width that would fill 24 GB, and the prediction's time at twice and
 four times the width. Blocks are alike, so `--blocks 4` has the ratios of 16, for whose network of width 4096 one needs
