@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import MeasurementError
 
@@ -31,6 +32,7 @@ __all__ = [
     "number_of",
     "quiet",
     "tensors_in",
+    "trial",
     "unwrap",
     "without_numbers",
 ]
@@ -125,6 +127,44 @@ def fresh(value: Any) -> Any:
     return type(value)(map(fresh, value)) if isinstance(value, tuple | list) else value
 
 
+def trial(model: nn.Module, example_inputs: Any) -> Any:
+    """The model on copies of the example inputs; what its forward pass writes to parameters and attributes is undone.
+
+    Some networks rescale their weights when they find themselves in evaluation mode, and note in an attribute that
+    they did (RWKV).
+    """
+    kinds = (bool, int, float, str, type(None))
+    plain = [(m, {k: v for k, v in vars(m).items() if type(v) in kinds}) for m in model.modules()]
+    with _Writes() as writes:
+        output = call(model, fresh(example_inputs))
+    if writes.before:
+        with torch.no_grad():
+            for parameter, value in writes.before.values():
+                parameter.copy_(value)
+        for module, attributes in plain:
+            vars(module).update(attributes)
+    return output
+
+
+class _Writes(TorchFunctionMode):
+    """Keeps what parameters were before a function wrote into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], nn.Parameter) and _writes(getattr(func, "__name__", "")):
+            self.before.setdefault(id(args[0]), (args[0], args[0].detach().clone()))
+        return func(*args, **(kwargs or {}))
+
+
+def _writes(name: str) -> bool:
+    """Whether the function of that name writes into its first argument: ``div_``, ``__itruediv__``, ``__setitem__``."""
+    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") or name == "__setitem__"
+    return in_place and name != "requires_grad_"
+
+
 _ONE_AT_A_TIME = threading.RLock()  # modes, buffers and random states are everybody's
 
 
@@ -203,7 +243,7 @@ def has_batch_statistics(model: nn.Module, inputs: Any) -> bool:
     try:
         if norms:
             with quiet(model, batch_statistics=True), torch.no_grad():
-                call(model, fresh(inputs))
+                trial(model, inputs)
     except ValueError:  # "Expected more than 1 value per channel when training"
         return False
     return bool(norms)

@@ -99,3 +99,57 @@ def test_a_kind_that_the_base_has_not_is_of_another_family() -> None:
 
     with pytest.raises(dm.DepthMuPError, match=r"stem\.bias has no counterpart in the base"):
         dm.parametrize(net(4, True), base=net(2, False), example_inputs=torch.randn(2, 4))
+
+
+class Fused(nn.Module):
+    """Expands and projects in one go; ``conv.1`` projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Linear(8, 12), nn.Sequential(nn.Tanh(), nn.Linear(12, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class Separate(nn.Module):
+    """Expands, mixes and projects; ``conv.1`` mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mix = nn.Sequential(nn.Tanh(), nn.Linear(12, 12))
+        self.conv = nn.Sequential(nn.Linear(8, 12), mix, nn.Tanh(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize("order", [lambda i: i % 2, lambda i: i < 2, lambda i: i > 2], ids=["turns", "first", "last"])
+def test_blocks_of_two_classes_may_call_different_layers_alike(order) -> None:
+    model = nn.Sequential(*(Fused() if order(i) else Separate() for i in range(4)))
+    plan = dm.parametrize(model, depth_multiplier=4, example_inputs=X)
+    assert {len(b.outer) for b in plan.branches} == {2}
+    assert {plan["3.conv.1.1.weight"].role} == {"outer" if order(3) else "inner"}
+
+
+class Stages(nn.Module):
+    """Three stages of three blocks, and before each stage a layer that changes the stream."""
+
+    def __init__(self, placed: str):
+        super().__init__()
+        blocks = lambda: nn.Sequential(*(Fused() for _ in range(3)))  # noqa: E731
+        change = lambda: nn.Linear(8, 8)  # noqa: E731
+        self.stages = nn.ModuleList(nn.ModuleDict({placed: change(), "blocks": blocks()}) for _ in range(3))
+        self.placed = placed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage["blocks"](torch.tanh(stage[self.placed](x)))
+        return x
+
+
+@pytest.mark.parametrize("placed", ["downsample", "0", "a_first"])
+def test_a_layer_of_every_stage_is_no_hidden_branch(placed: str) -> None:
+    plan = dm.parametrize(Stages(placed), depth_multiplier=3, example_inputs=X)
+    assert len(plan.branches) == 9
+    assert {plan[f"stages.{i}.{placed}.weight"].role for i in range(3)} <= {"input", "outside"}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.errors import MeasurementError, PlanError
-from torch_depthmup.running import call, fresh, main_output, normalise_name, quiet
+from torch_depthmup.running import main_output, normalise_name, quiet, trial
 from torch_depthmup.scaling.checkpoints import converted
 from torch_depthmup.scaling.copies import copied
 from torch_depthmup.scaling.hooks import hang, hang_again, take_off
 from torch_depthmup.scaling.plan import Plan
+from torch_depthmup.scaling.refusals import not_linear
 from torch_depthmup.scaling.registry import forget, owner_of, plan_of, refuse_replaced
 
 __all__ = ["bake", "convert_state_dict"]
@@ -53,12 +54,9 @@ def bake(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     if plan.how != "wrap":
         raise PlanError("this model is folded, so its multipliers are in its weights already: there is nothing to bake")
     multipliers = {planned.branch.name: planned.supplied for planned in plan.planned_branches}
-    without = [b.name for b in plan.branches if not b.carrier and multipliers[b.name] != 1.0]
-    if without:
-        raise PlanError(
-            f"{without[0]}: the branch is not linear in its last parameters (a gate, an activation or a reparametrized "
-            "weight comes last), so its multiplier cannot go into them. Keep the hooks; the model works as it is"
-        )
+    for branch in plan.branches:
+        if multipliers[branch.name] != 1.0 and (why := not_linear(branch)):
+            raise PlanError(f"{branch.name}: {why}. Keep the hooks; the model works as it is")
     parameters = {plan[name].name: p for name, p in owner.named_parameters() if _is_planned(plan, name)}
     factors = {name: multipliers[b.name] for b in plan.branches for name in b.carrier}
     for entry in plan.entries:
@@ -135,7 +133,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> Tensor | None:
     if example_inputs is None:
         return None
     with quiet(model), torch.no_grad():
-        return main_output(call(model, fresh(example_inputs))).detach().clone()
+        return main_output(trial(model, example_inputs)).detach().clone()
 
 
 def _same(before: Tensor, after: Tensor | None) -> bool:

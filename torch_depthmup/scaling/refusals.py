@@ -22,6 +22,7 @@ __all__ = [
     "can_fold",
     "can_wrap",
     "leave_alone",
+    "not_linear",
     "refuse_impossible",
     "refuse_nested",
     "refuse_shared",
@@ -115,12 +116,19 @@ def can_wrap(model: nn.Module, planned: Sequence[PlannedBranch], found: Trace) -
 
 def _not_foldable(model: nn.Module, found: Trace, i: int) -> str:
     branch = found.branches[i]
+    return not_linear(branch) or (used_elsewhere(branch, "fold") if found.traced[i].is_tapped else "")
+
+
+def not_linear(branch: Branch) -> str:
+    """Why no parameter can carry a branch's multiplier; empty where some can."""
+    if not branch.inner and not branch.outer:
+        return "the branch has no parameters, so its multiplier cannot be folded"
     if not branch.carrier:
         return (
             "the branch is not linear in its last parameters (a gate, an activation or a reparametrized weight comes "
             "last), so its multiplier cannot be folded"
         )
-    return used_elsewhere(branch, "fold") if found.traced[i].is_tapped else ""
+    return ""
 
 
 def _not_wrappable(model: nn.Module, found: Trace, i: int) -> str:

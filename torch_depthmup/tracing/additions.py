@@ -96,21 +96,21 @@ class _Masks:
     """Bit sets over the nodes of a graph."""
 
     weights: int
-    parametrised: int  # weight operations, and norms with a gain: what makes a path a branch
+    branching: int  # weight operations, norms with a gain and Fourier transforms: what makes a path a branch
     nonlinear: int
     data: int
 
     @staticmethod
     def of(graph: Graph) -> _Masks:
-        weights = parametrised = nonlinear = data = 0
+        weights = branching = nonlinear = data = 0
         for i, node in enumerate(graph.nodes):
             if node.is_data:
                 data |= 1 << i
                 weights |= node.is_weight_operation << i
                 gained = node.kind is Kind.NORM and bool(graph.weight_inputs(i))
-                parametrised |= (node.is_weight_operation or gained) << i
+                branching |= (node.is_weight_operation or gained or node.kind is Kind.FOURIER) << i
                 nonlinear |= _is_nonlinear(graph, i) << i
-        return _Masks(weights, parametrised, nonlinear, data)
+        return _Masks(weights, branching, nonlinear, data)
 
 
 def _is_nonlinear(graph: Graph, i: int) -> bool:
@@ -147,7 +147,7 @@ def _by_ways(
             used = graph.nodes[skip].is_data or len(sums) == 1
             if not used:
                 return Reason.PARAMETER
-            return ResidualAddition(node, branch, skip, skip) if between & masks.parametrised else Reason.NO_WEIGHTS
+            return ResidualAddition(node, branch, skip, skip) if between & masks.branching else Reason.NO_WEIGHTS
     if not all(graph.nodes[i].is_data for i in operands):
         return Reason.PARAMETER
     return (
@@ -196,7 +196,7 @@ def _carried_skip(
                 (start,) = graph.data_inputs(start)
             else:
                 break
-        if graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
+        if graph.reaches(branch, start) and graph.only(branch, start) & masks.branching:
             return ResidualAddition(node, branch, skip, start)
     return None
 

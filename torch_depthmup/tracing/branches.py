@@ -300,7 +300,7 @@ def trace(
     all_found = {residual.node for residual in found}
     found = _without_inner_steps(graph, found, _nested_kinds(like))
     _describe(graph, found, outside)
-    names = _unique([residual.parts.owner for residual in found])
+    names = _unique([_owner(graph, residual) for residual in found])
     loose = loose_matrices(graph, found, excluded or set())
 
     def kept(owners: set[str]) -> bool:
@@ -384,7 +384,7 @@ def _without_inner_steps(graph: Graph, found: list[ResidualAddition], kinds: set
         residual
         for residual, stream in zip(found, streams, strict=True)
         if streams.count(stream) > 1
-        or without_numbers(residual.parts.owner) in kinds
+        or without_numbers(_owner(graph, residual)) in kinds
         or not any(residual.node in outer.parts.nodes for outer in found)
     ]
 
@@ -433,6 +433,15 @@ def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
     """Whether the shortcut has weight operations of its own."""
     only = graph.only(residual.skip, residual.branch)
     return residual.projection and any(node.is_weight_operation and only >> i & 1 for i, node in enumerate(graph.nodes))
+
+
+def _owner(graph: Graph, residual: ResidualAddition) -> str:
+    """The module of a branch's parameters; of a branch without any the one that returns it, or that runs the sum."""
+    if residual.parts.sides:
+        return residual.parts.owner
+    running = graph.additions[residual.node].modules[-1] if residual.node in graph.additions else ""
+    groups = summands_of(graph, residual.branch, residual.parts.nodes, returned_by(graph))
+    return min((at.module for at in groups[0]), key=len) if len(groups) == 1 else running
 
 
 def _unique(owners: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ another part in the next.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -47,7 +48,8 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
         if base is None and kind in parts:
             other = next(iter(parts[kind]))
             _refuse(trace, names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
-        if base is None and any(len(names) % count == 0 for count in repeated):
+        per_stage = any(_holds_blocks(names[0], kind) for kind in parts)
+        if base is None and not per_stage and any(len(names) % count == 0 for count in repeated):
             _refuse(trace, names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
 
 
@@ -65,8 +67,20 @@ def check_parts(trace: Trace) -> None:
     Raises:
         AmbiguousBranchError: it names two of them.
     """
-    for members in _parts(trace, _layer_numbers(trace.branches)).values():
-        _refuse_unlike(members)
+    layers = _layer_numbers(trace.branches)
+    for members in _parts(trace, layers).values():
+        # Blocks of two classes may call different things alike: conv.1 of one is not conv.1 of the other.
+        alike: dict[frozenset[str], dict[str, str]] = {}
+        for name, side in members.items():
+            alike.setdefault(_siblings(trace, name, layers), {})[name] = side
+        for group in alike.values():
+            _refuse_unlike(group)
+
+
+def _siblings(trace: Trace, name: str, layers: frozenset[str]) -> frozenset[str]:
+    """What a weight's block holds: the names, within the block, of all its parameters."""
+    block = _block(name, layers)
+    return frozenset(other[len(block) :] for other in trace.reached if other.startswith(block))
 
 
 def _parts(trace: Trace, layers: frozenset[str]) -> dict[str, dict[str, str]]:
@@ -124,6 +138,19 @@ def _layer_numbers(branches: Sequence[Branch]) -> frozenset[str]:
 
 def _blank(text: str) -> str:
     return re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "#", text)
+
+
+def _block(name: str, layers: frozenset[str]) -> str:
+    """The block that a weight lies in: its name up to the last number before those of layers, with the dot."""
+    counting = itertools.takewhile(lambda m: _blank(name[: m.start()]) not in layers, NUMBER.finditer(name))
+    return name[: max((match.end() + 1 for match in counting), default=0)]
+
+
+def _holds_blocks(name: str, kind: str) -> bool:
+    """Whether a weight's block holds blocks of this kind: ``stages.1.downsample.0`` beside ``stages.#.blocks.#.fc``."""
+    stages = [_blank(name[: match.end()]) + "." for match in NUMBER.finditer(name)]
+    beneath = [kind.removeprefix(stage) for stage in stages if kind.startswith(stage)]
+    return bool(beneath) and "#" in beneath[-1].split(".")
 
 
 def _kind(name: str, layers: frozenset[str]) -> str:

@@ -17,7 +17,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 from torch_depthmup.errors import TracingError
-from torch_depthmup.running import call, fresh, is_sharded, quiet, tensors_in
+from torch_depthmup.running import is_sharded, quiet, tensors_in, trial
 from torch_depthmup.tracing.operations import Kind, Number, Sums, addition_operands, kind_of, kind_of_write
 
 __all__ = ["Addition", "Graph", "Node", "record"]
@@ -208,7 +208,7 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
     with quiet(model):
         try:
             with recorder.watching():
-                output = call(model, fresh(example_inputs))
+                output = trial(model, example_inputs)
         except TracingError:
             raise
         except Exception as error:

@@ -31,6 +31,7 @@ class Kind(enum.Enum):
     NORM = "a fused normalisation layer, whose gain and bias enter linearly"
     VIEW = "rearranges or copies one tensor"
     LOOKUP = "picks entries of a tensor by number"
+    FOURIER = "a Fourier transform: linear, and mixes positions without a weight"
     LINEAR = "otherwise linear in its one operand"
     HOMOGENEOUS = "not linear, but commutes with a positive factor: f(m x) = m f(x)"
     MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
@@ -50,7 +51,7 @@ class Kind(enum.Enum):
     @property
     def is_linear(self) -> bool:
         """Whether it is linear in its data operand, given that there is one (a product of two has two)."""
-        return self.is_sum or self.is_product or self in (Kind.VIEW, Kind.LOOKUP, Kind.LINEAR)
+        return self.is_sum or self.is_product or self in (Kind.VIEW, Kind.LOOKUP, Kind.FOURIER, Kind.LINEAR)
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -76,7 +77,7 @@ _LINEAR = (
     r"ViewAsReal|ViewAsComplex|SliceScatter|SelectScatter|IndexPut|IndexAdd|IndexCopy|Scatter|ScatterAdd|Cat|Stack|"
     r"Copy|Contiguous|ConstantPadNd|ReflectionPad\dD|ReplicationPad\dD|Roll|Flip|Tile|Unfold|Im2Col|Col2Im|PixelShuffle|"
     r"PixelUnshuffle|Avg_?Pool\dD|_?AdaptiveAvgPool\dD|Mean|Sum|Upsample\w*|NativeDropout|FusedDropout|Neg|MaskedFill|"
-    r"MaskedScatter|Where|Tril|Triu|Real|Imag|RepeatInterleave|Diagonal|Cumsum|FftR2C|FftC2R|FftC2C"
+    r"MaskedScatter|Where|Tril|Triu|Real|Imag|RepeatInterleave|Diagonal|Cumsum"
 )
 _SUFFIX = r"(Dim|Int|WithSizes|\d)*Backward(Autograd\w*)?\d*"
 
@@ -99,6 +100,7 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     ),
     (Kind.LOOKUP, rf"(Embedding|EmbeddingBag|Index|IndexSelect|Gather){_SUFFIX}"),
     (Kind.VIEW, rf"({_VIEWS}){_SUFFIX}"),
+    (Kind.FOURIER, r"Fft(R2C|C2R|C2C)Backward\d*"),
     (Kind.LINEAR, rf"({_LINEAR}){_SUFFIX}|CopySlices"),
     (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|Abs)Backward\d*"),
     (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),

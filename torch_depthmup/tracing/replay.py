@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_depthmup.running import call, exact_matrix_products, fresh, has_batch_statistics, quiet
+from torch_depthmup.running import exact_matrix_products, has_batch_statistics, quiet, trial
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.operations import FUSED, Operands, Sums
 
@@ -77,4 +77,4 @@ class Meter(AtAdditions):
 def run_metered(model: nn.Module, inputs: Any, meter: AbstractContextManager) -> Any:
     """The model's output; batch statistics where the batch has any: running ones of a fresh network are of no data."""
     with quiet(model, batch_statistics=has_batch_statistics(model, inputs)), exact_matrix_products(), meter:
-        return call(model, fresh(inputs))
+        return trial(model, inputs)

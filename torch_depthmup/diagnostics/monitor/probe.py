@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.running import (
-    call,
     exact_matrix_products,
-    fresh,
     has_batch_statistics,
     main_output,
     quiet,
     tensors_in,
+    trial,
     unwrap,
 )
 from torch_depthmup.tracing.branches import Trace, trace
@@ -142,7 +141,7 @@ class Probe:
         streams, products = _Streams(self.found, see_stream), _Products(self.model, see_product)
         with self._undisturbed(), exact_matrix_products():
             with streams, products:
-                output = call(self.model, fresh(self.inputs))
+                output = trial(self.model, self.inputs)
             products.settle()
             edges = products.edges | streams.edges
             gradients = torch.autograd.grad(self.objective(output), list(edges.values()), allow_unused=True)
