@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_depthmup.diagnostics.nfd.entries import Node, Outer, blocks, from_left, from_right, pointwise
-from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.errors import DepthMuPError, DivergenceError
 
 __all__ = ["Coupling", "GaussianMatrix", "Noise", "Side", "TrainedMatrix", "checked_coupling", "checked_dtype"]
 
@@ -217,7 +217,13 @@ class GaussianMatrix:
         """
         coordinates, rest = _split(rows, here.queries)
         lengths = torch.linalg.vector_norm(rest, dim=2)
-        live = lengths > smallest
+        finite = lengths.isfinite()
+        live = finite & (lengths > smallest)
+        if not bool(finite.all()):  # a network that diverges: its products are nan, and no direction is learnt
+            coordinates = coordinates.masked_fill(~finite[:, :, None], math.nan)
+            if not coordinates.shape[2]:
+                raise DivergenceError("the first vectors that a matrix is multiplied by are not finite")
+            rest = rest.masked_fill(~finite[:, :, None], 0.0)
         if not bool(live.any()):
             return coordinates
         units = rest * torch.where(live, 1 / lengths, 0.0)[:, :, None]

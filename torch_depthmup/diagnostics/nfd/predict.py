@@ -18,7 +18,7 @@ from torch_depthmup.diagnostics.nfd.simulate import check_memory
 from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds_of
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import default_loss, own_random_state
-from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.errors import DepthMuPError, DivergenceError
 from torch_depthmup.running import call, main_output
 
 __all__ = ["Prediction", "predict"]
@@ -166,7 +166,7 @@ class _Run:
                 output = call(self.model, inputs)
                 value = self.loss(output, targets)
             if not bool(torch.isfinite(value)):
-                raise DepthMuPError(f"the network diverged at step {step}: take a smaller learning rate")
+                raise DivergenceError(f"the network diverged at step {step}: take a smaller learning rate")
             values.append((main_output(output).detach().clone(), value.detach()))
             if step == 0:
                 self._make_room(watched)
