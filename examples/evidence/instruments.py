@@ -4,9 +4,9 @@
 
 The network of `predicted_rates.py` (blocks h + V tanh(W h) on sixteen digits), three steps of SGD at learning rate
 1/2. Left: what each matrix learns by itself (the monitor's ``own``), layer by layer, in networks of four widths (mean
-and standard deviation over seeds) and in `nfd.predict` at width 4,096. Middle: how far single networks and their mean
+and standard deviation over seeds) and in `nfd.predict` at width 2,048. Middle: how far single networks and their mean
 are from the prediction. Right: the inner layers' own update over depth under three rules, predicted (lines) and trained
-(marks). Writes instruments.csv beside this file and figures/instruments.png; a quarter of an hour on one core.
+(marks). Writes instruments.csv beside this file and figures/instruments.png; some minutes on one core.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ def draw_depths(panel: Any, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs=4, default=[64, 128, 256, 512])
-    parser.add_argument("--width", type=int, default=4096, help="of the prediction on the left")
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--ends", type=int, nargs=2, default=[1024, 256], help="widths on the right")
-    parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--width", type=int, default=2048, help="of the prediction on the left")
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--ends", type=int, nargs=2, default=[512, 256], help="widths on the right")
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     start, rows, few = time.perf_counter(), [], max(2, options.seeds // 8)

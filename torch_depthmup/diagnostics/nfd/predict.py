@@ -19,7 +19,7 @@ from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import default_loss, own_random_state
 from torch_depthmup.errors import DepthMuPError, DivergenceError
-from torch_depthmup.running import call, main_output
+from torch_depthmup.running import call, main_output, tensors_in
 
 __all__ = ["Prediction", "predict"]
 
@@ -118,6 +118,7 @@ def predict(
             model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
             weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
             hidden = tuple(weights)
+            _check_least_memory(weights, inputs, steps)
             stepping = optimizer(model)
             before = {name: _asked(weight) for name, weight in weights.items()}
             monitor = None if probe is None else FeatureMonitor(model, _moved(probe, device, dtype))
@@ -137,6 +138,14 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) ->
     if isinstance(value, dict):
         return {key: _moved(item, device, dtype) for key, item in value.items()}
     return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, tuple | list) else value
+
+
+def _check_least_memory(weights: Mapping[str, ImplicitWeight], inputs: Any, steps: int) -> None:
+    """Before anything runs: each sample is at least one row of each matrix, in each pass."""
+    samples = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 1)
+    sizes = sum((w.matrix.start.rows + w.matrix.start.columns) * w.element_size() for w in weights.values())
+    device = next(iter(weights.values())).device
+    check_memory((2 * steps + 1) * samples * sizes, device, "Take fewer samples or steps, or less width")
 
 
 def _asked(weight: ImplicitWeight) -> int:
@@ -163,7 +172,7 @@ class _Run:
         watched = {name: _asked(weight) for name, weight in self.weights.items()}
         for step in range(self.steps + 1):
             with torch.set_grad_enabled(step < self.steps):
-                output = call(self.model, inputs)
+                output = self._output(inputs, step)
                 value = self.loss(output, targets)
             if not bool(torch.isfinite(value)):
                 raise DivergenceError(f"the network diverged at step {step}: take a smaller learning rate")
@@ -179,6 +188,14 @@ class _Run:
             self._step()
             advance()
         return values
+
+    def _output(self, inputs: Any, step: int) -> Any:
+        try:
+            return call(self.model, inputs)
+        except Exception as error:  # whatever the user's code raises
+            if step or isinstance(error, DepthMuPError):
+                raise
+            raise DepthMuPError(f"the model of this width fails on the inputs: {error}") from error
 
     def _step(self) -> None:
         try:
