@@ -181,12 +181,11 @@ class ClippingNotice:
 def _again_and_again(seen: Sequence[float]) -> float:
     """The value of the last steps, or the largest one, where it was there often enough; 0 where there is none.
 
-    Gradients that are not finite are those of a network that diverges.
+    Where training diverges there is none: nothing is less than infinity by a share of it.
     """
-    seen = [value for value in seen if math.isfinite(value)]
-    if not seen:
-        return 0.0
     for some, value in ((seen[-ALIKE:], max(seen[-ALIKE:])), (seen, max(seen))):
+        if not math.isfinite(value):
+            return 0.0
         if value > 0 and sum(value - one <= SAME * value for one in some) >= ALIKE:
             return value
     return 0.0
