@@ -11,6 +11,7 @@ import csv
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -186,6 +187,14 @@ def _csv(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def horizon(path: str) -> str:
+    """Best rates and regrets for other batch sizes and durations, as the script of these runs has them."""
+    sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+    script = importlib.import_module("horizon")
+    with (ROOT / path).open() as file:
+        return table(script.HEADER, script.regrets(csv.DictReader(file)))
+
+
 def table(header: Any, rows: Any) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(header), *rows]
@@ -204,4 +213,5 @@ WRITERS: dict[str, Callable[..., str]] = {
     "numbers": numbers,
     "coverage": coverage,
     "setups": setups,
+    "horizon": horizon,
 }

@@ -69,20 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"depthmup {options.command}: interrupted", file=sys.stderr)
         return 130
     except BaseException as error:  # of the user's network, data or training, which may raise anything
-        return _refused(options.command, f"{_place(error)}{type(error).__name__}: {_said(error)}")
+        said = "".join(traceback.format_exception_only(error))  # also where the error itself cannot say what it is
+        return _refused(options.command, f"{_place(error)}{said}")
 
 
 def _refused(command: str, message: str) -> int:
     print(f"depthmup {command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _said(error: BaseException) -> str:
-    """An exception's message; it may be of a class that cannot even say it."""
-    try:
-        return str(error)
-    except Exception as other:
-        return f"(its message raised {type(other).__name__})"
 
 
 def _place(error: BaseException) -> str:

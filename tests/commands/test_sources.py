@@ -53,12 +53,15 @@ def test_what_is_wrong_takes_one_line(
         (BRANCHES, "leaves", "data", r"called sys.exit\(3\)"),
         (CHECK, "leaves", "data", r"called sys.exit\(3\)"),
         (CHECK, "leaves_well", "data", r"called sys.exit\(0\)"),
+        (BRANCHES, "speechless", "data", r"user_net.py, line \d+: .*Speechless: <exception str\(\) failed>"),
+        (BRANCHES, "claims", "data", r"user_net.py, line \d+: AssertionError$"),
+        (BRANCHES, "make", "of_no_samples", "there are no samples in it"),
         (PLAN, "make", "data_of_nobody", r"user_net.py, line \d+: KeyError: 'nobody'"),
         (CHECK, "Crooked", "data", r"user_net.py, line \d+: RuntimeError: the shapes do not fit"),
         (SWEEP, "Crooked", "data", r"user_net.py, line \d+: RuntimeError: the shapes do not fit"),
         (BRANCHES, "raises_the_base", "data", r"user_net.py, line \d+: BaseException: all of it"),
         (CHECK, "raises_the_base", "data", r"user_net.py, line \d+: BaseException: all of it"),
-        (PLAN, "mute", "data", r"user_net.py, line \d+: Mute: \(its message raised ValueError\)"),
+        (PLAN, "mute", "data", r"user_net.py, line \d+: user_net.Mute: <exception str\(\) failed>"),
     ],
 )
 def test_whatever_the_users_code_raises_takes_one_line(
