@@ -106,10 +106,7 @@ def look(
         )
     seen = _seen(unwrap(model), inputs, options)
     if rule.scales_depth and not seen.found.branches:
-        raise PlanError(
-            f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
-            "whose output is added to the skip>'], or write rule='mup'"
-        )
+        refusals.refuse_none(model, seen.found)
     if base is None:
         return seen, None
     refusals.refuse_unmatched(unwrap(base), options)

@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     LONG_SKIP = "adds an earlier value of a stream to it, as in a U-Net, or joins streams"
     COLLECTS = "collects outputs of layers, which nothing in the network reads"
     LONE = "is a lone sum inside a branch, such as the D-skip of a state-space model"
+    RECURRENCE = "is a step of a recurrence inside a branch, which uses the same weights at each step"
     BESIDE = "joins two paths that are no skip and branch, inside or behind what was found"
     CHOSEN = "is left out by include or exclude"
     DOUBTFUL = "may or may not be residual"
@@ -117,7 +118,7 @@ def _is_nonlinear(graph: Graph, i: int) -> bool:
     node, data = graph.nodes[i], graph.data_inputs(i)
     if len(data) > 1 and (node.kind.is_product or node.kind.takes_one_factor_of_data):
         return True
-    plain = node.is_weight_operation or node.kind.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
+    plain = node.is_weight_operation or node.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
     return bool(data) and not plain
 
 
@@ -204,7 +205,7 @@ def _carried_skip(
 def _carries(graph: Graph, i: int, across_weights: bool) -> bool:
     """Whether a node only hands on its one data operand, rearranged, cast, multiplied or pooled."""
     node = graph.nodes[i]
-    linear = node.kind.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
+    linear = node.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
     return len(graph.data_inputs(i)) == 1 and (across_weights if node.is_weight_operation else linear)
 
 
