@@ -81,7 +81,7 @@ def _structure(path: str, names: Sequence[str], known: Mapping[str, Tensor]) -> 
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return number_of(torch.linalg.vector_norm((a.detach() - b.detach()).float())) == 0
+    return number_of(torch.linalg.vector_norm((a.detach() - b.detach()).abs().float())) == 0
 
 
 def _warn_unequal(path: str, original: str) -> None:
