@@ -305,3 +305,28 @@ def test_what_a_module_caches_in_evaluation_mode_is_let_go_of() -> None:
     dm.parametrize(model, depth_multiplier=2, example_inputs=torch.randn(4, N))
     assert all(module.cache == {} and module.training for module in model)
     copy.deepcopy(model)
+
+
+CARRIED = {
+    "viewed": lambda h: h.view(-1, N),
+    "cast": lambda h: h.double().float(),
+    "transposed twice": lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("carried", sorted(CARRIED))
+def test_a_branch_of_a_gain_alone_is_found_beside_a_skip_in_any_form(carried: str) -> None:
+    """``x + pool(norm(x))``, where the skip is not the tensor that the norm reads."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(N)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return CARRIED[carried](h) + nn.functional.avg_pool1d(self.norm(h), 3, 1, 1)
+
+    branches = dm.find_branches(nn.Sequential(*(Pooled() for _ in range(3))), torch.randn(4, N))
+    assert [(b.position, b.carrier) for b in branches] == [
+        (i, (f"{i}.norm.weight", f"{i}.norm.bias")) for i in range(3)
+    ]

@@ -129,7 +129,7 @@ def test_blocks_of_two_classes_may_call_different_layers_alike(order) -> None:
     model = nn.Sequential(*(Fused() if order(i) else Separate() for i in range(4)))
     plan = dm.parametrize(model, depth_multiplier=4, example_inputs=X)
     assert {len(b.outer) for b in plan.branches} == {2}
-    assert {plan["3.conv.1.1.weight"].role} == {"branch outer" if order(3) else "branch inner"}
+    assert {plan["3.conv.1.1.weight"].role} == {"outer" if order(3) else "inner"}
 
 
 class Stages(nn.Module):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from blocks import plain_mlp
-from models import ZOO, Entry, entry
+from entries import Entry
+from models import FIELD, ZOO, entry
 from torch import Tensor, nn
 
 import torch_depthmup as dm
@@ -24,18 +25,22 @@ def possible(network: Entry, how: str) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of a ``network`` run once for each entry, tests of ``how`` too once for each way that it allows."""
-    if "network" not in metafunc.fixturenames:
+    """Tests of a ``network`` run once for each entry, tests of ``how`` too once for each way that it allows.
+
+    Those of ``any_network`` run for the many others as well.
+    """
+    argument = next((name for name in ("network", "any_network") if name in metafunc.fixturenames), None)
+    if argument is None:
         return
     ways = ("fold", "wrap") if "how" in metafunc.fixturenames else ("",)
     cases = []
-    for e in ZOO:
+    for e in ZOO if argument == "network" else ZOO + FIELD:
         skip = pytest.mark.skipif(not e.available, reason=f"{e.requires} is not installed")
         for how in ways:
             if not how or possible(e, how):
                 values, name = ((e, how), f"{e.name}-{how}") if how else ((e,), e.name)
                 cases.append(pytest.param(*values, id=name, marks=[skip]))
-    metafunc.parametrize(("network", "how") if len(ways) > 1 else ("network",), cases)
+    metafunc.parametrize((argument, "how") if len(ways) > 1 else (argument,), cases)
 
 
 def ends_with(name: str, end: str) -> bool:
@@ -51,35 +56,40 @@ def module_of(parameter: str) -> str:
 # Finding
 
 
-def test_branches_are_those_counted_by_hand(network: Entry) -> None:
-    branches = dm.find_branches(network.build(), network.inputs())
-    depths = network.depths[network.size]
+def test_branches_are_those_counted_by_hand(any_network: Entry) -> None:
+    branches = dm.find_branches(any_network.build(), any_network.inputs())
+    depths = any_network.depths[any_network.size]
     positions = [[b.position for b in branches if b.stream == stream] for stream in range(len(depths))]
     assert positions == [list(range(depth)) for depth in depths]
     assert all(b.additions == depths[b.stream] for b in branches)
-    assert {b.levels for b in branches} == network.levels
-    assert sum(b.skip == "projection" for b in branches) == network.projections
+    assert {b.levels for b in branches} == any_network.levels
+    assert sum(b.skip == "projection" for b in branches) == any_network.projections
 
 
-def test_carriers_are_the_last_parametrised_operations(network: Entry) -> None:
-    branches = dm.find_branches(network.build(), network.inputs())
-    used = {end for b in branches for name in b.carrier for end in network.carriers if ends_with(module_of(name), end)}
+def test_carriers_are_the_last_parametrised_operations(any_network: Entry) -> None:
+    branches = dm.find_branches(any_network.build(), any_network.inputs())
+    used = {
+        end for b in branches for name in b.carrier for end in any_network.carriers if ends_with(module_of(name), end)
+    }
     unexpected = [
-        name for b in branches for name in b.carrier if not any(ends_with(module_of(name), e) for e in network.carriers)
+        name
+        for b in branches
+        for name in b.carrier
+        if not any(ends_with(module_of(name), e) for e in any_network.carriers)
     ]
     assert not unexpected
-    assert used == network.carriers
-    assert all(bool(b.carrier) == network.linear for b in branches)
+    assert used == any_network.carriers
+    assert all(b.carrier for b in branches) == any_network.linear
 
 
-def test_each_parameter_has_one_side_in_one_branch(network: Entry) -> None:
-    model = network.build()
-    branches = dm.find_branches(model, network.inputs())
+def test_each_parameter_has_one_side_in_one_branch(any_network: Entry) -> None:
+    model = any_network.build()
+    branches = dm.find_branches(model, any_network.inputs())
     sides = [name for b in branches for name in (*b.inner, *b.outer)]
     assert len(sides) == len(set(sides))
     assert set(sides) <= {name for name, _ in model.named_parameters()}
     assert all(set(b.carrier) <= set(b.outer) for b in branches)
-    assert all(bool(b.inner) or b.levels == 1 for b in branches)
+    assert all(bool(b.inner) or b.levels <= 1 for b in branches)
 
 
 def test_meta_gives_the_same_branches(network: Entry) -> None:
@@ -133,13 +143,13 @@ def test_exclude_leaves_the_other_branches_alone() -> None:
 # Scaling
 
 
-def test_every_branch_is_multiplied(network: Entry, how: str) -> None:
-    model, reference, plain = scaled_by_hand(network)
-    parametrize(model, network, how)
+def test_every_branch_is_multiplied(any_network: Entry, how: str) -> None:
+    model, reference, plain = scaled_by_hand(any_network)
+    parametrize(model, any_network, how)
     if how == "wrap":
         assert_same_tensors(state(model), state(plain))
     assert list(model.state_dict()) == list(plain.state_dict())
-    compare(model, reference, plain, network)
+    compare(model, reference, plain, any_network)
 
 
 def test_at_the_base_depth_nothing_changes(network: Entry, how: str) -> None:
@@ -222,22 +232,37 @@ def scaled_by_hand(network: Entry) -> tuple[nn.Module, nn.Module, nn.Module]:
     plain = without_zeros(network.build().to(network.dtype).eval())
     model, reference = copy.deepcopy(plain), copy.deepcopy(plain)
     modules, parameters = dict(reference.named_modules()), dict(reference.named_parameters())
+    called = calls(reference, exact(network.inputs(), network))
+    returning = (name for name in modules if any(ends_with(name, end) for end in network.outputs.split()))
     for b in dm.find_branches(reference, exact(network.inputs(), network)):
         multiplier = (network.depths[network.base][b.stream] / network.depths[network.size][b.stream]) ** 0.5
-        targets = list(dict.fromkeys(module_of(name) for name in b.carrier))
-        if network.outputs:
-            targets = [name for name in modules if name.startswith(b.name) and ends_with(name, network.outputs)]
-            assert len(targets) == 1
+        targets = list(dict.fromkeys(module_of(name) for name in b.carrier)) or [next(returning)]
         for target in targets:
-            owner = modules.get(target.rpartition(".")[0])
-            bare = target not in modules or isinstance(modules[target], nn.ParameterList)
-            if not bare and not isinstance(owner, nn.MultiheadAttention):  # it never calls its output projection
-                modules[target].register_forward_hook(lambda _, __, value, m=multiplier: value * m)
+            if target in called:  # a function may be given the module's weights instead, as in nn.MultiheadAttention
+                modules[target].register_forward_hook(lambda _, __, value, m=multiplier: multiplied(value, m))
                 continue
             for name in b.carrier:
                 if module_of(name) == target:
                     parameters[name].data.mul_(multiplier)
+    assert next(returning, None) is None
     return model, reference, plain
+
+
+def calls(model: nn.Module, inputs: Any) -> set[str]:
+    """The names of the modules that a forward pass calls."""
+    names: set[str] = set()
+    seen = [
+        module.register_forward_hook(lambda *_, name=name: names.add(name)) for name, module in model.named_modules()
+    ]
+    output(model, inputs)
+    for hook in seen:
+        hook.remove()
+    return names
+
+
+def multiplied(value: Any, multiplier: float) -> Any:
+    """What a module returned, its first tensor multiplied."""
+    return (value[0] * multiplier, *value[1:]) if isinstance(value, tuple) else value * multiplier
 
 
 def parametrize(model: nn.Module, network: Entry, how: str) -> Any:
@@ -318,3 +343,33 @@ def surroundings(model: nn.Module, inputs: Any) -> list[Any]:
         (len(global_hooks._global_forward_hooks), len(global_hooks._global_forward_pre_hooks)),
         torch.is_grad_enabled(),
     ]
+
+
+# Networks that cannot be scaled in depth, and are told so
+
+
+def convmixer(depth: int) -> nn.Module:
+    from timm.models.convmixer import ConvMixer
+
+    return ConvMixer(16, depth, kernel_size=3, patch_size=4, num_classes=10)
+
+
+def densenet(depth: int) -> nn.Module:
+    from timm.models.densenet import DenseNet
+
+    return DenseNet(8, (depth, depth), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (convmixer, "has 4 residual streams and the base 2: another family"),  # a layer without a skip ends each block
+        (densenet, "no residual branches that could be found.*rule='mup'"),  # concatenates
+    ],
+)
+def test_networks_without_a_stream_to_scale_are_refused(make, message: str) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    with pytest.raises(dm.DepthMuPError, match=message):
+        dm.parametrize(make(4), base=make(2), example_inputs=x)
+    plan = dm.plan(make(4), base=make(4), example_inputs=x, rule="mup")
+    assert not any(b.supplied != 1 for b in plan.planned_branches)

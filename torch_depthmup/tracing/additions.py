@@ -197,7 +197,7 @@ def _carried_skip(
                 (start,) = graph.data_inputs(start)
             else:
                 break
-        if graph.reaches(branch, start) and graph.only(branch, start) & masks.weights:
+        if graph.reaches(branch, start) and graph.only(branch, start) & masks.branching:
             return ResidualAddition(node, branch, skip, start)
     return None
 
