@@ -102,13 +102,13 @@ class Ragged(nn.Module):
         super().__init__()
         self.stem, self.head, self.gives = nn.Linear(5, N), nn.Linear(N, 3), gives
         self.norms = nn.ModuleList(nn.LayerNorm(N) for _ in range(depth))
-        self.qkv, self.outs = (nn.ModuleList(nn.Linear(N, n) for _ in range(depth)) for n in (3 * N, N))
+        self.q, self.k, self.v, self.outs = (nn.ModuleList(nn.Linear(N, N) for _ in range(depth)) for _ in range(4))
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(N, 12), nn.GELU(), nn.Linear(12, N)) for _ in range(depth))
 
     def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
         x = self.stem(x)
-        for norm, qkv, out, mlp in zip(self.norms, self.qkv, self.outs, self.mlps, strict=True):
-            q, k, v = (part.unflatten(-1, (2, N // 2)).transpose(1, 2) for part in qkv(norm(x)).chunk(3, -1))
+        for norm, *qkv, out, mlp in zip(self.norms, self.q, self.k, self.v, self.outs, self.mlps, strict=True):
+            q, k, v = (layer(norm(x)).unflatten(-1, (2, N // 2)).transpose(1, 2) for layer in qkv)
             f = out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
             x = x + (f if m == 1 else m * f)
             f = mlp(x)
@@ -134,7 +134,7 @@ def test_sequences_of_different_lengths_are_read(kind: type[Ragged], gives: str,
     inputs = torch.nested.nested_tensor(SEQUENCES, layout=torch.jagged) if kind is Ragged else X[None].repeat(2, 1, 1)
     plan = assert_scaled(lambda depth: kind(depth, gives), (inputs,), how)
     assert [(branch.levels, branch.additions) for branch in plan.branches] == [(2, 8)] * 8
-    assert plan["qkv.1.weight"].role == "inner" and plan["outs.1.weight"].role == "outer"
+    assert plan["k.1.weight"].role == "inner" and plan["outs.1.weight"].role == "outer"
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
