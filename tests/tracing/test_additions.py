@@ -330,3 +330,41 @@ def test_a_branch_of_a_gain_alone_is_found_beside_a_skip_in_any_form(carried: st
     assert [(b.position, b.carrier) for b in branches] == [
         (i, (f"{i}.norm.weight", f"{i}.norm.bias")) for i in range(3)
     ]
+
+
+class WaveNet(nn.Module):
+    """Each layer feeds the stream and a sum over all layers: by halves of one layer's output, or by a layer each."""
+
+    def __init__(self, depth: int, halves: bool, ends: str, named: bool = True):
+        super().__init__()
+        self.stem, self.head, self.halves, self.ends = nn.Linear(5, N), nn.Linear(N, 2), halves, ends
+        self.gates, self.residual, self.skips = (nn.ModuleList(nn.Linear(N, N) for _ in range(depth)) for _ in range(3))
+        self.both = nn.ModuleList(nn.Linear(N, 2 * N) for _ in range(depth if halves else 0))
+        self.names = nn.ModuleList(nn.Identity() for _ in range(depth)) if named else [lambda value: value] * depth
+
+    def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+        x, total = self.stem(x), 0
+        for i, (gate, name) in enumerate(zip(self.gates, self.names, strict=True)):
+            y = torch.tanh(gate(x))
+            f, skip = self.both[i](y).chunk(2, -1) if self.halves else (self.residual[i](y), self.skips[i](y))
+            x, total = x + (name(f) if m == 1 else m * f), total + skip
+        return (x, total) if self.ends == "both" else self.head(torch.relu(total + x))
+
+
+@pytest.mark.parametrize("ends", ["both", "joined"])
+@pytest.mark.parametrize("halves", [True, False])
+def test_a_sum_over_all_layers_beside_the_stream_is_no_stream(halves: bool, ends: str) -> None:
+    torch.manual_seed(0)
+    model, x = WaveNet(6, halves, ends), torch.randn(4, 5)
+    options = {"base": WaveNet(3, halves, ends), "example_inputs": x, "how": "wrap", "rule": "complete-p"}
+    if not halves:
+        advice = r"sum that collects the layers' outputs.*exclude=\['skips\.\*'\]"
+        with pytest.raises(dm.DepthMuPError, match=advice):
+            dm.parametrize(model, **options)
+        options["exclude"] = ["skips.*"]
+    plain = copy.deepcopy(model)
+    plan = dm.parametrize(model, **options, initialization="keep")
+    assert [(s.additions, s.depth_multiplier) for s in plan.streams] == [(6, 2)]
+    torch.testing.assert_close(model(x), plain(x, 0.5))
+    with pytest.raises(dm.DepthMuPError, match="used for something else.*nn.Identity"):
+        dm.parametrize(WaveNet(6, True, ends, False), base=WaveNet(3, True, ends, False), example_inputs=x)

@@ -7,6 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -304,7 +305,7 @@ def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
 
 def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
     """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
-    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in linear_way(graph, r.skip))}
+    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in _whole_way(graph, r.skip))}
     while True:
         before = len(collected)
         for residual in residuals:
@@ -325,6 +326,14 @@ def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]
         for end in graph.outputs
     )
     return collected if reading and (one_by_one or apart) else set()
+
+
+def _whole_way(graph: Graph, node: int) -> list[int]:
+    """Linear steps back from a value, but not from a part of a layer's output to the whole, which others use too."""
+    way = linear_way(graph, node)
+    sizes = [math.prod(graph.nodes[i].shape) for i in way]
+    parts = [k for k in range(1, len(way)) if sizes[k - 1] < sizes[k] and graph.nodes[way[k - 1]].kind is Kind.VIEW]
+    return way[: parts[0]] if parts else way
 
 
 def _holds(bits: int, nodes: Iterable[int]) -> bool:

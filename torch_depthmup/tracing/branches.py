@@ -297,6 +297,8 @@ def trace(
     }
     found, reasons = residual_additions(graph, declared_nodes(graph, declared))
     outside = _outside(graph, like)
+    reasons |= {residual.node: Reason.BESIDE for residual in found if residual.branch in outside}
+    found = [residual for residual in found if residual.branch not in outside]
     describe_all(graph, found, outside)
     steps = inner_steps(graph, found, _nested_kinds(like))
     found = [residual for residual in found if residual.node not in steps]

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from torch_depthmup.errors import AmbiguousBranchError
 from torch_depthmup.running import without_numbers
+from torch_depthmup.tracing.additions import Reason
 from torch_depthmup.tracing.branches import Branch, Trace, roles
 from torch_depthmup.tracing.choosing import above
 
@@ -116,6 +117,9 @@ def _refuse(trace: Trace, names: Sequence[str], why: str) -> NoReturn:
     hidden = "its sum is written in a way that does not show (a fused operation, logaddexp, a product with a constant)"
     if trace.functions:
         hidden = f"{' or '.join(trace.functions[:3])}, an autograd Function, holds its sum"
+    way = "Write it with +, or, if"
+    if any(left.reason is Reason.COLLECTS for left in trace.left_alone):
+        hidden, way = "it only feeds a sum that collects the layers' outputs, which is left alone", "If"
     pattern = re.sub(r"\d+", "*", _module(names[0]))
     inside = [name for name in roles(trace.branches) if any(fnmatch.fnmatchcase(m, pattern) for m in above(name))]
     aside = f"exclude=['{pattern}']"
@@ -123,7 +127,7 @@ def _refuse(trace: Trace, names: Sequence[str], why: str) -> NoReturn:
         aside = "hold them in a ModuleList of their own and exclude that"
     raise AmbiguousBranchError(
         f"{names[0]} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps "
-        f"{hidden}. Write it with +, or, if these weights are meant to stay as they are, {aside}"
+        f"{hidden}. {way} these weights are meant to stay as they are, {aside}"
     )
 
 
