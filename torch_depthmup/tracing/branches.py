@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -193,7 +194,7 @@ class Trace:
     functions: tuple[str, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
 
-    @property
+    @functools.cached_property
     def branches(self) -> tuple[Branch, ...]:
         """The branches as the user sees them."""
         return tuple(traced.branch for traced in self.traced)
