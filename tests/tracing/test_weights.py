@@ -230,3 +230,26 @@ class Loop(nn.Module):
 def test_a_loop_that_gets_longer_is_refused(outer: bool, message: str) -> None:
     with pytest.raises(dm.DepthMuPError, match=message):
         dm.parametrize(Loop(8, outer), base=Loop(2, outer), example_inputs=X)
+
+
+class Field(nn.Module):
+    """Everything is computed from coordinates that are made inside forward; the input only shifts the result."""
+
+    def __init__(self, depth: int, layer: Callable[[], nn.Module]):
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, N), nn.Linear(N, 5)
+        self.ups, self.downs = (nn.ModuleList(make() for _ in range(depth)) for make in (layer, lambda: nn.Linear(N, N)))
+
+    def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+        axis = torch.linspace(-1, 1, 3)
+        h = self.stem(torch.cartesian_prod(axis, axis))
+        for up, down in zip(self.ups, self.downs, strict=True):
+            h = h + m * down(torch.sin(up(h)))
+        return self.head(h).mean(0) + x
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(N, N), spectral, orthogonal])
+def test_a_network_on_constants_is_read_as_any_other(layer: Callable[[], nn.Module]) -> None:
+    plan = assert_scaled(lambda depth: Field(depth, layer), (X,), "fold")
+    assert [(branch.levels, branch.additions) for branch in plan.branches] == [(2, 4)] * 4
+    assert plan["downs.1.weight"].role == "outer" and plan["stem.weight"].role == "outside"

@@ -160,7 +160,7 @@ def _by_ways(
 
 
 def _is_modulation(graph: Graph, operands: list[int]) -> bool:
-    """``x * s + t``: s and t come from one place, and x from another."""
+    """``x * s + t``: s and t come from one place, and x from another. In ``x * f(t) + t`` t is a skip, and x a gate."""
     for product, shift in (operands, operands[::-1]):
         factors = graph.data_inputs(product)
         if graph.nodes[product].kind is not Kind.MULTIPLY or len(set(factors)) != 2:
@@ -168,6 +168,7 @@ def _is_modulation(graph: Graph, operands: list[int]) -> bool:
         ways = [_single_way(graph, i) for i in (*factors, shift)]
         for one, other in (ways[:2], ways[1::-1]):
             apart = not graph.reaches(one[0], other[0]) and not graph.reaches(other[0], one[0])
+            apart = apart and not set(_whole_way(graph, shift)) & set(other)
             if apart and not graph.reaches(shift, one[0]) and set(other) & set(ways[2]) - set(one):
                 return not set(one) & set(ways[2])
     return False

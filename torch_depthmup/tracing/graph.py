@@ -210,7 +210,7 @@ def _nodes(order: list[Edge], model: nn.Module, writes: Mapping[Edge, str]) -> t
 
 
 def _not_weights(nodes: Sequence[Node], products: Iterable[int]) -> list[int]:
-    """The products of weights and constants that data are not multiplied with; of those that meet none, the first."""
+    """The products of weights and constants that data are not multiplied with; of those that meet none, the last."""
     made_of: dict[int, set[int]] = {i: {i} for i in products}
     met, otherwise = set[int](), set[int]()
     for i, node in enumerate(nodes):
@@ -222,8 +222,9 @@ def _not_weights(nodes: Sequence[Node], products: Iterable[int]) -> list[int]:
                 continue
             met |= made_of[j]
             is_matrix = node.kind is Kind.CONVOLUTION or node.kind is Kind.MATRIX_PRODUCT and len(nodes[j].shape) <= 2
-            otherwise |= set() if is_matrix else made_of[j]
-    return sorted(otherwise) or [i for i in products if i not in met][:1]
+            # An operation's weights come before its data, so the last one starts the way; others may be weights on it.
+            otherwise |= set() if is_matrix else {max(made_of[j])}
+    return sorted(otherwise) or [i for i in products if i not in met][-1:]
 
 
 def _consumers(nodes: list[Node], outputs: frozenset[int]) -> list[list[int]]:
