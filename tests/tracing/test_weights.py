@@ -238,7 +238,8 @@ class Field(nn.Module):
     def __init__(self, depth: int, layer: Callable[[], nn.Module]):
         super().__init__()
         self.stem, self.head = nn.Linear(2, N), nn.Linear(N, 5)
-        self.ups, self.downs = (nn.ModuleList(make() for _ in range(depth)) for make in (layer, lambda: nn.Linear(N, N)))
+        self.ups = nn.ModuleList(layer() for _ in range(depth))
+        self.downs = nn.ModuleList(nn.Linear(N, N) for _ in range(depth))
 
     def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
         axis = torch.linspace(-1, 1, 3)
