@@ -11,6 +11,7 @@ import csv
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,14 @@ def collapse(path: str) -> str:
     return table(["layers in a block", "optimizer", "update of", *(f"`{rule}`" for rule in rules_)], rows)
 
 
+def horizon(path: str) -> str:
+    """Best rates and regrets for other batch sizes and durations, as the script of these runs has them."""
+    sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+    script = importlib.import_module("horizon")
+    with (ROOT / path).open() as file:
+        return table(script.HEADER, script.regrets(csv.DictReader(file)))
+
+
 def table(header: Any, rows: Any) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(header), *rows]
@@ -141,4 +150,5 @@ WRITERS: dict[str, Callable[..., str]] = {
     "transfer": transfer,
     "predicted": predicted,
     "collapse": collapse,
+    "horizon": horizon,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def test_gradients_that_do_not_change_are_not_taken_for_clipped_ones() -> None:
     optimizer = dm.SGD(net, lr=1e-9)
     backward(net)
     for _ in range(5):
+        optimizer.step()  # warnings are errors
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[1.0, 2.0, 3.0, math.inf], [1.0, 2.0, 3.0, 4e30], [math.inf, 1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, math.nan]],
+    ids=["infinite", "overflowing", "infinite first", "not a number"],
+)
+def test_training_that_diverges_is_not_taken_for_clipping(sizes: list[float]) -> None:
+    net = parametrized()
+    optimizer = dm.SGD(net, lr=1e-9)
+    for size in sizes:
+        backward(net)
+        for parameter in net.parameters():
+            parameter.grad.fill_(size)
+            parameter.grad.view(-1)[0] = 0.9 * size
         optimizer.step()  # warnings are errors
 
 

@@ -6,6 +6,7 @@ same as in the network with explicit multipliers where they are taken of ``m g'`
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -178,8 +179,13 @@ class ClippingNotice:
 
 
 def _again_and_again(seen: Sequence[float]) -> float:
-    """The value of the last steps, or the largest one, where it was there often enough; 0 where there is none."""
+    """The value of the last steps, or the largest one, where it was there often enough; 0 where there is none.
+
+    Where training diverges there is none: nothing is less than infinity by a share of it.
+    """
     for some, value in ((seen[-ALIKE:], max(seen[-ALIKE:])), (seen, max(seen))):
+        if not math.isfinite(value):
+            return 0.0
         if value > 0 and sum(value - one <= SAME * value for one in some) >= ALIKE:
             return value
     return 0.0

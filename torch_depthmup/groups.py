@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from torch_depthmup.errors import OptimizerError
 from torch_depthmup.families import MeasuredFamily, measure_family
-from torch_depthmup.rules import Family, Multipliers, get_family
+from torch_depthmup.rules import Family, Horizon, Multipliers, get_family
 from torch_depthmup.scaling.registry import Planned, discover, planned_parameters, refuse_replaced
 
 __all__ = [
@@ -133,12 +133,20 @@ class Scaler:
         args: positional arguments of the class after the parameters.
         options: keyword arguments of the class.
         measured: whether a family that is given is checked by measuring.
+        horizon: batch size and length of training beside the tuned ones.
     """
 
     def __init__(
-        self, cls: type[Optimizer], family: Family | None, args: tuple[Any, ...], options: Group, measured: bool = True
+        self,
+        cls: type[Optimizer],
+        family: Family | None,
+        args: tuple[Any, ...],
+        options: Group,
+        measured: bool = True,
+        horizon: Horizon | None = None,
     ):
         self.cls, self.family, self.args, self.options, self.measured = cls, family, args, options, measured
+        self.horizon = horizon or Horizon()
 
     @classmethod
     def of(cls, optimizer: Optimizer, family: Family | None) -> Scaler:
@@ -190,11 +198,17 @@ class Scaler:
                     "dm.parametrize(..., how='wrap')"
                 )
             multipliers = plan.multipliers(name, measured.family, adjust_lr=measured.adjust_lr)
+            multipliers *= self.horizon.multipliers()
             parts.setdefault(multipliers, []).append((item[0] if isinstance(item, tuple) else name, tensor_of(item)))
         group = {key: value for key, value in group.items() if key != "family"}
-        made = [_scaled(group, {**defaults, **group}, m, items) for m, items in (parts or {Multipliers(): []}).items()]
+        made = [
+            _scaled(group, {**defaults, **group}, m, items)
+            for m, items in (parts or {self.horizon.multipliers(): []}).items()
+        ]
         for i, part in enumerate(made):
             part["user_group"] = number
+            if self.horizon != Horizon():
+                part["betas"] = self.horizon.betas({**defaults, **group}["betas"])
             if i and isinstance(part.get("name"), str):
                 part["name"] = f"{part['name']}.{i}"  # Lightning's monitor wants names that differ
         return made

@@ -27,7 +27,7 @@ from torch_depthmup.groups import (
     tensor_of,
 )
 from torch_depthmup.resuming import matched_by_name
-from torch_depthmup.rules import Family, get_family
+from torch_depthmup.rules import Family, Horizon, get_family
 from torch_depthmup.scaling.registry import Planned, plan_of, warn_if_rewritten
 from torch_depthmup.watching import watch
 
@@ -122,7 +122,56 @@ def _torchs(
 
 SGD = _torchs(torch.optim.SGD, "sgd")
 Adam = _torchs(torch.optim.Adam, "adam")
-AdamW = _torchs(torch.optim.AdamW, "adamw")
+
+
+def AdamW(
+    params: Parameters,
+    *args: Any,
+    batch_multiplier: float = 1.0,
+    duration_multiplier: float = 1.0,
+    **options: Any,
+) -> torch.optim.AdamW:
+    """``torch.optim.AdamW`` with the plan's multipliers in its groups, and those of another batch size or duration.
+
+    ``params`` may also be the parametrized model itself; ``lr``, ``betas``, ``weight_decay`` and ``eps`` are those of
+    the base model. With ``r = batch_multiplier / duration_multiplier``, ``lr`` and ``weight_decay`` are multiplied by
+    ``sqrt(r)``, ``eps`` by ``1 / sqrt(r)``, and ``1 - beta`` by ``r``.
+
+    The rule holds while noise dominates the gradient, below the critical batch size, and for schedules that are given
+    as fractions of the run. Other measurements of language models find a smaller power of the duration than 1/2.
+
+    Args:
+        params: parameters, pairs, groups or the model.
+        args: those of torch's constructor, after the parameters.
+        batch_multiplier: batch size, divided by that of the tuned run.
+        duration_multiplier: samples or tokens seen in the whole run, divided by those of the tuned run.
+        options: those of torch's constructor.
+
+    Returns:
+        A plain ``torch.optim.AdamW``.
+
+    Raises:
+        OptimizerError: a parameter has no plan or is listed twice; a multiplier is not positive, or asks for moments
+            that forget more than all in one step.
+
+    Source: arXiv 2512.22382, table 1; for the batch size arXiv 2205.10287.
+
+    >>> import torch, torch_depthmup as dm
+    >>> block = lambda: dm.Residual(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)))
+    >>> model = torch.nn.Sequential(*[block() for _ in range(8)])
+    >>> _ = dm.parametrize(model, depth_multiplier=1, example_inputs=torch.randn(2, 4))
+    >>> group = dm.AdamW(model, lr=0.01, batch_multiplier=4).param_groups[0]
+    >>> group["lr"], [round(beta, 3) for beta in group["betas"]]
+    (0.02, [0.6, 0.996])
+    """
+    horizon = Horizon(batch_multiplier, duration_multiplier)
+    return _construct(torch.optim.AdamW, get_family("adamw"), False, params, args, options, horizon)
+
+
+_OWN = [p for p in inspect.signature(AdamW).parameters.values() if p.name.endswith("_multiplier")]
+AdamW.__signature__ = (_TORCHS := inspect.signature(torch.optim.AdamW)).replace(  # type: ignore[attr-defined]
+    parameters=[*_TORCHS.parameters.values(), *_OWN], return_annotation=torch.optim.AdamW
+)
 
 if hasattr(torch.optim, "Muon"):
     Muon = _torchs(
@@ -167,7 +216,13 @@ def rescale(optimizer: AnyOptimizer, model: nn.Module, *, family: str | Family |
 
 
 def _construct(
-    cls: type[AnyOptimizer], family: Family | None, measured: bool, params: Parameters, args: Any, options: Group
+    cls: type[AnyOptimizer],
+    family: Family | None,
+    measured: bool,
+    params: Parameters,
+    args: Any,
+    options: Group,
+    horizon: Horizon | None = None,
 ) -> AnyOptimizer:
     groups = as_groups(params)
     plans = plans_for(groups)
@@ -178,7 +233,7 @@ def _construct(
             refuse_vectors(group["params"], plans)
     if cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch."):
         return _construct_zero(cls, family, groups, plans, args, options)
-    scaler = Scaler(cls, family, args, options, measured)
+    scaler = Scaler(cls, family, args, options, measured, horizon)
     # The class fills in its own defaults first: no reading of signatures, which may say no more than **options.
     made = cls([_without_family(group) for group in groups], *args, **options)
     return _scale(made, scaler, plans, groups)

@@ -5,7 +5,8 @@ A rule knows nothing of models, modules or tensors. It is asked for numbers with
 dimensions of a parameter beside those of its base.
 
 Sources: arXiv 2310.02244 (depth-muP), arXiv 2512.21075 (the depth-aware correction of the inner learning
-rate), arXiv 2505.01618 (CompleteP), arXiv 2203.03466 and the package ``mup`` (width).
+rate), arXiv 2505.01618 (CompleteP), arXiv 2203.03466 and the package ``mup`` (width), arXiv 2512.22382 (batch size and
+length of training).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch_depthmup.errors import OptimizerError, PlanError
 
@@ -22,6 +23,7 @@ __all__ = [
     "RULES",
     "UNIT",
     "Family",
+    "Horizon",
     "Multipliers",
     "Role",
     "Rule",
@@ -219,6 +221,56 @@ class Multipliers:
 
 UNIT = Multipliers()
 """The multipliers that change nothing."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Batch size and length of training, in units of those that the learning rate was tuned with; for AdamW.
+
+    The rule keeps the stochastic differential equation that AdamW follows, and its horizon. With ``batch / duration``
+    times as few steps, each is the square root of that larger and forgets so much more of the moments; eps shrinks as
+    the gradient's noise does, and decay takes as much off the weights over the whole run.
+
+    Args:
+        batch: batch size, divided by that of the tuned run.
+        duration: number of samples (or tokens) seen in the whole run, divided by that of the tuned run.
+
+    Source: arXiv 2205.10287, definition 5.1 (batch size); arXiv 2512.22382, table 1 (both).
+    """
+
+    batch: float = 1.0
+    duration: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch_multiplier", self.batch), ("duration_multiplier", self.duration)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise OptimizerError(f"{name} is a positive number, such as 4 for four times as much; it is {value!r}")
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer steps there are."""
+        return self.batch / self.duration
+
+    def multipliers(self) -> Multipliers:
+        """Factors on learning rate, decay and eps."""
+        return Multipliers(lr=self.ratio**0.5, weight_decay=self.ratio**0.5, eps=self.ratio**-0.5)
+
+    def betas(self, betas: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Decay rates of the moments that forget as much per sample, and per run, as ``betas`` did.
+
+        Raises:
+            OptimizerError: a step would have to forget more than all.
+        """
+        if self.ratio == 1:
+            return betas
+        found = tuple(1 - self.ratio * (1 - beta) for beta in betas)
+        if min(found) < 0:
+            raise OptimizerError(
+                f"with batch_multiplier / duration_multiplier = {self.ratio:.4g} a step would have to forget more than "
+                f"all of the moments: betas={betas} allow at most {1 / (1 - min(betas)):.4g}. Take a smaller batch, or "
+                "larger betas"
+            )
+        return found
 
 
 def depth_multipliers(rule: Rule, family: Family, role: Role, depth_ratio: float) -> Multipliers:

@@ -44,7 +44,8 @@ def add_sources(parser: argparse.ArgumentParser, command: str) -> None:
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
+        several = ", one after the other with spaces" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"must be a positive whole number{several}, not {text!r}")
     return int(text)
 
 

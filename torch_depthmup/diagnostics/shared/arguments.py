@@ -100,6 +100,8 @@ def checked_samples(data: Any, source: str = "data") -> tuple[Any, Tensor]:
     if not tensors:
         raise DepthMuPError(f"{source}: the inputs hold no tensor. Inputs are a tensor, or a dict or tuple of tensors")
     sizes = {len(tensor) for tensor in (*tensors, targets) if tensor.ndim}
-    if len(sizes) != 1 or not len(targets):
+    if len(sizes) != 1:
         raise DepthMuPError(f"{source}: inputs and targets must have equally many samples, not {sorted(sizes)}")
+    if not len(targets):
+        raise DepthMuPError(f"{source}: there are no samples in it")
     return inputs, targets
