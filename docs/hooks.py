@@ -116,6 +116,39 @@ def predicted(path: str) -> str:
     return table(header, rows)
 
 
+def rates(path: str) -> str:
+    """Optimum and edge of stability at each depth: of committed predictions, and of the networks in the file beside."""
+    ours, theirs = sweep_of(path), sweep_of(path.replace(".csv", "_trained.csv"))
+    rows = []
+    for rule in ours.rules:
+        for depth in ours.depths:
+            optima = [sweep.optimum(rule, depth).log2_lr for sweep in (ours, theirs)]
+            off = optima[0].value - optima[1].value
+            inside = "yes" if all(o.known for o in optima) and abs(off) <= CLOSE else "no"
+            edges = [f"2^{math.log2(sweep.edge_of_stability(rule, depth)):g}" for sweep in (ours, theirs)]
+            rows.append([f"`{rule}`", str(depth), *map(str, optima), f"{off:+.1f}", inside, *edges])
+    found = ["log2 lr predicted", "trained", "off by 2^", "within a factor 2^0.5"]
+    header = ["rule", "depth", *found, "diverges from, predicted", "trained"]
+    return table(header, rows)
+
+
+def instruments(path: str) -> str:
+    """The inner layers' own update at the ends of a range of depths, predicted and trained, and its exponent."""
+    with (ROOT / path).open() as file:
+        found: dict[tuple[str, str], dict[int, list[float]]] = {}
+        for row in csv.DictReader(file):
+            if row["part"] == "depths" and "inner" in row["layer"]:
+                sizes = found.setdefault((row["rule"], row["source"]), {})
+                sizes.setdefault(int(row["depth"]), []).append(float(row["own"]))
+    rows = []
+    for (rule, source), sizes in found.items():
+        first, last = min(sizes), max(sizes)
+        small, large = (sum(sizes[depth]) / len(sizes[depth]) for depth in (first, last))
+        exponent = math.log(large / small) / math.log(last / first)
+        rows.append([f"`{rule}`", source, f"{small:.3f}", f"{large:.3f}", f"{exponent:+.2f}"])
+    return table(["rule", "", f"own update at depth {first}", f"at depth {last}", "depth^"], rows)
+
+
 def collapse(path: str) -> str:
     """Slopes over depth of the layers' own updates: a row for blocks and optimizer, a column for each rule."""
     with (ROOT / path).open() as file:
@@ -208,6 +241,8 @@ WRITERS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "transfer": transfer,
     "predicted": predicted,
+    "rates": rates,
+    "instruments": instruments,
     "collapse": collapse,
     "which": which,
     "numbers": numbers,
