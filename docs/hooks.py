@@ -98,21 +98,29 @@ def transfer(path: str) -> str:
 
 
 def predicted(path: str) -> str:
-    """For each rule of a committed sweep, the deepest optimum as shallower depths predict it, and as it was found."""
+    """For each rule of a committed sweep, the deepest known optimum as shallower depths predict it, and as found."""
     sweep = sweep_of(path)
     rows = []
     for rule in sweep.rules:
         try:
             law = sweep.power_law(rule)
         except MeasurementError:
-            rows.append([f"`{rule}`", "–", "–", f"{sweep.optimum(rule, sweep.depths[-1]).log2_lr}", "too few optima"])
+            rows.append(
+                [f"`{rule}`", "–", "–", "–", f"{sweep.optimum(rule, sweep.depths[-1]).log2_lr}", "too few optima"]
+            )
             continue
         off = abs(law.predicted.value - law.found.value)
         verdict = "yes" if off <= CLOSE else "within the errors" if law.predicts_deepest else "no"
         exponent = f"{law.exponent.value:+.2f}±{law.exponent.error:.2f}"
-        rows.append([f"`{rule}`", exponent, f"{law.predicted}", f"{law.found}", verdict])
-    deepest = sweep.depths[-1]
-    header = ["rule", "drift: depth^", f"log2 lr predicted at {deepest}", "found", "within a factor 2^0.5"]
+        rows.append([f"`{rule}`", exponent, str(law.deepest), f"{law.predicted}", f"{law.found}", verdict])
+    header = [
+        "rule",
+        "drift: depth^",
+        "deepest with an optimum",
+        "log2 lr predicted there",
+        "found",
+        "within a factor 2^0.5",
+    ]
     return table(header, rows)
 
 
