@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import torch_depthmup as dm
+
 
 class PreNorm(nn.Module):
     """``x + f(norm(x))``, f with one or two layers."""
@@ -239,3 +241,51 @@ class Picture(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(F.relu(self.norm(x))).mean((2, 3))
+
+
+class Layers(nn.Module):
+    """Linear layers a, b, c, d of ``width`` and a function of them: what a block adds to its input."""
+
+    def __init__(self, function: Callable[[Layers, Tensor], Tensor], width: int, **parts: nn.Module):
+        super().__init__()
+        for name in "abcd":
+            setattr(self, name, parts.get(name) or nn.Linear(width, width))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Residuals(nn.Module):
+    """Stem, blocks and head; each block adds what its branch gives, times ``m``."""
+
+    def __init__(self, depth: int, branch: Callable[[], nn.Module], width: int = 8):
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(branch() for _ in range(depth))
+
+    def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            f = block(x)
+            x = x + (f if m == 1 else m * f)
+        return self.head(x)
+
+
+def assert_scaled(make: Callable[[int], nn.Module], inputs: tuple, how: str, layers: int = 4) -> dm.Plan:
+    """Parametrizes ``make(layers)``: it must be the same network with its branches halved where they are added.
+
+    Its forward takes the factor of the branches as ``m``.
+    """
+    torch.manual_seed(0)
+    model, base = make(layers).eval(), make(layers // 2)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = model(*inputs, m=0.5).detach()
+    plan = dm.parametrize(
+        model, base=base, example_inputs=inputs, how=how, rule="complete-p", initialization="keep"
+    )  # what is compared is the act; initial sizes of so small layers differ by chance
+    torch.testing.assert_close(model(*inputs).detach(), wanted)
+    dm.undo(model)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name])
+    return plan

@@ -97,6 +97,16 @@ def leaves(depth):
 def leaves_well(depth):
     raise SystemExit(0)
 
+def raises_the_base(depth):
+    raise BaseException("all of it")
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+def mute(depth):
+    raise Mute
+
 def data_of_nobody():
     return {}["nobody"]
 

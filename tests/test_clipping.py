@@ -174,3 +174,13 @@ def test_sharded_gradients_are_clipped_by_the_norm_over_all_processes(tmp_path: 
     wanted = float(dm.clip_grad_norm_(net, 0.05))
     arguments = (str(tmp_path / "store"), wanted, net.blocks[0].fc2.weight.grad)
     multiprocessing.start_processes(norm_of_shards, arguments, nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e8, 1e30])
+def test_a_network_that_diverges_is_told_of_neither_clipping_nor_writes(lr: float) -> None:
+    net = parametrized("fold", torch.float32)
+    optimizer = dm.SGD(net, lr=lr)
+    for _ in range(12):
+        backward(net)
+        optimizer.step()
+    assert not all(bool(p.isfinite().all()) for p in net.parameters())

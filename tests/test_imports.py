@@ -43,12 +43,14 @@ ROOMS = (
 INSIDE = {
     "tracing": (
         "operations",
+        "recorder",
         "graph",
         "parameters",
         "choosing",
         "additions",
         "producers",
         "streams",
+        "inside",
         "branches",
         "replay",
         "census",

@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(options.command, str(error))
     except SystemExit as error:  # not ours: its code must not look like a verdict
         return _refused(options.command, f"the code that was run called sys.exit({error.code!r})")
-    except Exception as error:  # of the user's network, data or training, which may raise anything
-        said = "".join(traceback.format_exception_only(error))  # also where the error itself cannot say what it is
-        return _refused(options.command, f"{_place(error)}{said}")
     except KeyboardInterrupt:
         print(f"depthmup {options.command}: interrupted", file=sys.stderr)
         return 130
+    except BaseException as error:  # of the user's network, data or training, which may raise anything
+        said = "".join(traceback.format_exception_only(error))  # also where the error itself cannot say what it is
+        return _refused(options.command, f"{_place(error)}{said}")
 
 
 def _refused(command: str, message: str) -> int:

@@ -6,6 +6,7 @@ Every message says what was found, where (module or parameter name), and what to
 __all__ = [
     "AmbiguousBranchError",
     "DepthMuPError",
+    "DivergenceError",
     "MeasurementError",
     "OptimizerError",
     "PlanError",
@@ -33,6 +34,10 @@ class PlanError(DepthMuPError):
 
 class MeasurementError(DepthMuPError):
     """A branch, measured after the act, is not the planned multiple of what it was."""
+
+
+class DivergenceError(DepthMuPError):
+    """Training left the finite numbers: the learning rate is too large."""
 
 
 class OptimizerError(DepthMuPError):

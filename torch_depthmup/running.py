@@ -116,10 +116,14 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def fresh(value: Any) -> Any:
-    """Copies of the example inputs that autograd follows and in-place operations may overwrite."""
+    """Copies of the example inputs that autograd follows and in-place operations may overwrite.
+
+    A sparse one is taken for a constant, such as the edges of a graph: what multiplies it has seldom a gradient for it.
+    """
     if isinstance(value, Tensor):
         copy = value.detach().clone()  # a copy of an inference tensor is an ordinary one
-        return copy.requires_grad_().clone() if copy.is_floating_point() or copy.is_complex() else copy
+        followed = (copy.is_floating_point() or copy.is_complex()) and copy.layout in (torch.strided, torch.jagged)
+        return copy.requires_grad_().clone() if followed else copy
     if isinstance(value, Mapping):
         return {key: fresh(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

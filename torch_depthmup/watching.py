@@ -120,7 +120,8 @@ class _WritingNotice:
             return
         version, address, value = self.left
         weight = self.weight
-        same = (weight._version, weight.data_ptr()) == (version, address) and torch.equal(weight, value)
+        same = (weight._version, weight.data_ptr()) == (version, address)
+        same = same and (torch.equal(weight, value) or bool(value.isnan().any()))  # nan is not equal to itself
         self.looks += 1
         self.written = 0 if same else self.written + 1
         if self.written == ALIKE:

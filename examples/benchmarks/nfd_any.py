@@ -1,8 +1,8 @@
 """How much faster and smaller is `nfd.predict` than training the network itself? The same code, paired, alternating.
 
-    python examples/benchmarks/nfd_any.py [--quick] [--width 4096] [--blocks 16] [--steps 5]
+    python examples/benchmarks/nfd_any.py [--quick] [--width 4096] [--blocks 16] [--steps 5] [--optimizer adamw]
 
-A pre-norm transformer (4 heads, MLP of 4 n) on 4 sequences of 16 tokens under SGD. Prints the ratio of training times
+A pre-norm transformer (4 heads, MLP of 4 n) on 4 sequences of 16 tokens. Prints the ratio of training times
 (network / prediction, median and range; making the network's matrices is not counted, making the implicit model is),
 peak memory of each in a process of its own and the width that would fill 24 GB, and the prediction's time at twice and
 four times the width. Blocks are alike, so `--blocks 4` has the ratios of 16, for whose network of width 4096 one needs
@@ -65,10 +65,19 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01)
 
 
-def network(width: int, blocks: int, steps: int) -> Callable[[], None]:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+Sizes = tuple[int, int, int, str]
+"""Width, blocks, steps, optimizer."""
+
+
+def network(width: int, blocks: int, steps: int, name: str) -> Callable[[], None]:
     torch.manual_seed(0)
     model = Transformer(width, blocks)
-    optimizer, (x, y) = sgd(model), data()
+    optimizer, (x, y) = OPTIMIZERS[name](model), data()
 
     def train() -> None:
         for _ in range(steps):
@@ -81,11 +90,11 @@ def network(width: int, blocks: int, steps: int) -> Callable[[], None]:
     return train
 
 
-def prediction(width: int, blocks: int, steps: int) -> Callable[[], None]:
+def prediction(width: int, blocks: int, steps: int, name: str) -> Callable[[], None]:
     x, y = data()
 
     def run() -> None:
-        predict(lambda n: Transformer(n, blocks), x, y, width=width, optimizer=sgd, steps=steps, seeds=1)
+        predict(lambda n: Transformer(n, blocks), x, y, width=width, optimizer=OPTIMIZERS[name], steps=steps, seeds=1)
 
     return run
 
@@ -96,7 +105,7 @@ def seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _peak(kind: str, sizes: tuple[int, int, int], pipe: Any) -> None:
+def _peak(kind: str, sizes: Sizes, pipe: Any) -> None:
     before = _high_water()
     {"network": network, "prediction": prediction}[kind](*sizes)()
     pipe.send(_high_water() - before)
@@ -108,7 +117,7 @@ def _high_water() -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6
 
 
-def peak(kind: str, sizes: tuple[int, int, int]) -> float:
+def peak(kind: str, sizes: Sizes) -> float:
     """Gigabytes of resident memory that one run adds, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -125,10 +134,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
-    sizes = (1024, 2, 2) if options.quick else (options.width, options.blocks, options.steps)
-    width, blocks, steps = sizes
+    width, blocks, steps = (1024, 2, 2) if options.quick else (options.width, options.blocks, options.steps)
+    sizes = width, blocks, steps, options.optimizer
     dense, predicted = network(*sizes), prediction(*sizes)
     pairs = [(seconds(dense), seconds(predicted)) for _ in range(options.pairs)]
     ratios = [a / b for a, b in pairs]
@@ -146,7 +156,9 @@ def main() -> None:
         f"24 GB hold a prediction of {blocks} blocks of width {24 / needed * width:.0f}",
         flush=True,
     )
-    times = {w: seconds(prediction(w, blocks, steps)) for w in (width, 2 * width, 4 * width)}
+    if options.optimizer != "sgd":
+        return
+    times = {w: seconds(prediction(w, *sizes[1:])) for w in (width, 2 * width, 4 * width)}
     slope = statistics.linear_regression([math.log(w) for w in times], [math.log(t) for t in times.values()]).slope
     print(f"time against width: {', '.join(f'{w}: {t:.2f} s' for w, t in times.items())}; exponent {slope:.2f}")
 

@@ -1,7 +1,8 @@
 """Does a sweep's optimum lie within its error as often as it should? On curves whose optimum is known.
 
 Draws each kind of curve many times, with its optimum anywhere between the grid's points and noise as of real runs, and
-counts how often the truth is within one and two standard errors: 0.68 and 0.95 is what an error means.
+counts how often the truth is within one and two standard errors: 0.68 and 0.95 is what an error means. Writes
+optimum_coverage.csv beside this file.
 
     python examples/benchmarks/optimum_coverage.py --repeats 200
 """
@@ -9,9 +10,12 @@ counts how often the truth is within one and two standard errors: 0.68 and 0.95 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from torch_depthmup.diagnostics.transfer.optimum import optimum_of
@@ -43,34 +47,82 @@ def two_minima(x: float) -> float:
     return min(0.15 * x * x, 0.12 + 0.15 * (x + 3) ** 2)
 
 
-CURVES: dict[str, tuple[Callable[[float], float], float]] = {
-    "symmetric": (symmetric, 0.03),
-    "asymmetric": (asymmetric, 0.03),
-    "cliff": (cliff, 0.03),
-    "plateau": (plateau, 0.03),
-    "two minima": (two_minima, 0.03),
-    "noisy": (symmetric, 0.15),
+def slow_rise(x: float) -> float:
+    """Falls steeply towards the optimum, rises slowly beyond it."""
+    return asymmetric(-x)
+
+
+def pointed(x: float) -> float:
+    """A corner at the optimum, with unlike sides."""
+    return -0.12 * x if x < 0 else 0.25 * x
+
+
+def valley_and_cliff(x: float) -> float:
+    """A valley, and training that diverges an octave and a half above its lowest place."""
+    return 0.1 * x * x if x < 1.5 else math.inf
+
+
+def levelling(x: float) -> float:
+    """What small learning rates leave unlearned levels off; above the optimum the loss rises as a power."""
+    return 1.2 * x * x / (3 + x * x) if x < 0 else 0.12 * x**2.5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is drawn.
+
+    Args:
+        curve: the log loss against octaves from the optimum.
+        noise: the standard deviation of a run's log loss.
+        moved: by how many octaves the seeds' curves lie apart.
+        freedom: of the Student distribution of the noise; 0 for a normal one.
+    """
+
+    curve: Callable[[float], float]
+    noise: float = 0.03
+    moved: float = 0.1
+    freedom: int = 0
+
+
+CURVES = {
+    "symmetric": Kind(symmetric),
+    "asymmetric": Kind(asymmetric),
+    "cliff": Kind(cliff),
+    "plateau": Kind(plateau),
+    "two minima": Kind(two_minima),
+    "noisy": Kind(symmetric, noise=0.15),
 }
-"""The log loss against octaves from the optimum, and the standard deviation of a run's log loss."""
+HELD_OUT = {
+    "slow rise": Kind(slow_rise),
+    "pointed": Kind(pointed),
+    "valley and cliff": Kind(valley_and_cliff),
+    "levelling": Kind(levelling, noise=0.06),
+    "heavy tails": Kind(symmetric, noise=0.05, freedom=3),
+    "seeds apart": Kind(symmetric, moved=0.6),
+}
+"""To hold the estimator against; "seeds apart" alone has led to a change of it, that seeds' spread is in the error."""
 
 
-def drawn(curve: Callable[[float], float], noise: float, seeds: int, draw: int) -> tuple[float, dict]:
+def drawn(kind: Kind, seeds: int, draw: int) -> tuple[float, dict[int, dict[float, float]]]:
     """The optimum's place, and noisy runs."""
     dice = random.Random(draw)
     centre = dice.uniform(-8.0, -6.0)
     runs: dict[int, dict[float, float]] = {}
     for seed in range(seeds):
-        level, moved = 0.05 * dice.gauss(0, 1), 0.1 * dice.gauss(0, 1)
-        runs[seed] = {2.0**i: 0.1 * math.exp(curve(i - centre - moved) + level + noise * dice.gauss(0, 1)) for i in LRS}
+        level, moved = 0.05 * dice.gauss(0, 1), kind.moved * dice.gauss(0, 1)
+        runs[seed] = {}
+        for i in LRS:
+            tail = math.sqrt(kind.freedom / dice.gammavariate(kind.freedom / 2, 2)) if kind.freedom else 1.0
+            log_loss = kind.curve(i - centre - moved) + level + kind.noise * tail * dice.gauss(0, 1)
+            runs[seed][2.0**i] = 0.1 * math.exp(log_loss)
     return centre, runs
 
 
-def coverage(name: str, seeds: int, repeats: int) -> tuple[float, float, float, float, float]:
+def coverage(kind: Kind, seeds: int, repeats: int) -> tuple[float, float, float, float, float]:
     """Shares within one and two standard errors, mean deviation, mean error, share of bounds."""
-    curve, noise = CURVES[name]
     within, deviations, errors = [], [], []
     for draw in range(repeats):
-        centre, runs = drawn(curve, noise, seeds, draw)
+        centre, runs = drawn(kind, seeds, draw)
         found = optimum_of(runs).log2_lr
         if found.bound:
             continue
@@ -88,10 +140,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="runs for each learning rate")
     options = parser.parse_args()
-    print(f"{'curve':12} {'1 SE':>6} {'2 SE':>6} {'mean off':>9} {'mean SE':>8} {'bounds':>7}")
-    for name in CURVES:
-        one, two, off, error, bounds = coverage(name, options.seeds, options.repeats)
-        print(f"{name:12} {one:6.2f} {two:6.2f} {off:+9.2f} {error:8.2f} {bounds:7.2f}")
+    rows = []
+    print(f"{'curve':16} {'1 SE':>6} {'2 SE':>6} {'mean off':>9} {'mean SE':>8} {'bounds':>7}")
+    for group, kinds in {"looked at": CURVES, "held out": HELD_OUT}.items():
+        for name, kind in kinds.items():
+            one, two, off, error, bounds = coverage(kind, options.seeds, options.repeats)
+            print(f"{name:16} {one:6.2f} {two:6.2f} {off:+9.2f} {error:8.2f} {bounds:7.2f}", flush=True)
+            rows.append([group, name, *(f"{value:.2f}" for value in (one, two, off, error, bounds))])
+    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "curve", "one", "two", "off", "error", "bounds"])
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

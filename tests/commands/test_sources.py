@@ -59,6 +59,9 @@ def test_what_is_wrong_takes_one_line(
         (PLAN, "make", "data_of_nobody", r"user_net.py, line \d+: KeyError: 'nobody'"),
         (CHECK, "Crooked", "data", r"user_net.py, line \d+: RuntimeError: the shapes do not fit"),
         (SWEEP, "Crooked", "data", r"user_net.py, line \d+: RuntimeError: the shapes do not fit"),
+        (BRANCHES, "raises_the_base", "data", r"user_net.py, line \d+: BaseException: all of it"),
+        (CHECK, "raises_the_base", "data", r"user_net.py, line \d+: BaseException: all of it"),
+        (PLAN, "mute", "data", r"user_net.py, line \d+: user_net.Mute: <exception str\(\) failed>"),
     ],
 )
 def test_whatever_the_users_code_raises_takes_one_line(
@@ -88,3 +91,43 @@ def test_batches_are_whole_and_do_not_repeat_samples() -> None:
     assert len({int(t) for _, targets in found for t in targets}) == 8
     assert all(torch.equal(given["x"][:, 0].long(), targets) for given, targets in found)
     assert [len(targets) for _, targets in batches(inputs, torch.arange(10), 64, 3)] == [10]
+
+
+@pytest.mark.parametrize("command", [BRANCHES, PLAN, CHECK, SWEEP], ids=lambda c: c[0])
+@pytest.mark.parametrize("text", ["import torch\n", "", "\x00\xff", '{"sweep": ""}\n'])
+def test_nobodys_own_file_is_written_over(here, tmp_path: Path, capsys, command, text: str) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(text)
+    arguments = [command[0], "user_net:make", "user_net:gone", *command[1:], "--out", str(mine)]
+    if text:
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
+        assert "mine.py is no page that could be replaced" in line(capsys)
+    else:  # an empty file is nothing to lose
+        assert cli.main(arguments) == 2 and "has no 'gone'" in line(capsys)
+    assert mine.read_text() == text
+
+
+@pytest.mark.parametrize("command", [[*BRANCHES, "user_net:make", "user_net:data"], ["nfd"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("folder", [".", "/", ""])
+def test_a_folder_is_no_file_to_write(capsys, command: list[str], folder: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--out", folder])
+    assert "is a folder. Give the name of a file" in line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--samples -1", "--samples: must be a positive whole number"),
+        ("--network-width 0", "--network-width: must be a positive whole number"),
+        ("--lr nan", "--lr: must be a positive number"),
+        ("--lr 0", "--lr: must be a positive number"),
+        ("--lr much", "--lr: must be a positive number"),
+        ("--out figure.nope", "--out: must end in one of .png"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_any_work(capsys, arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["nfd", *arguments.split()])
+    assert message in line(capsys)

@@ -127,7 +127,7 @@ def test_a_readout_that_shares_the_embedding_is_multiplied_by_a_hook() -> None:
 def test_a_base_of_another_family_is_refused() -> None:
     model = net(4, 48)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(dm.DepthMuPError, match=r"0\.bias .*2 of its kind lie outside, and 1 in the base"):
+    with pytest.raises(dm.DepthMuPError, match=r"0\.bias has no counterpart in the base"):
         base = net(4, 16)
         base[0] = nn.Linear(8, 16, bias=False)
         dm.parametrize(model, base=base, example_inputs=X)

@@ -330,3 +330,94 @@ def test_a_branch_of_a_gain_alone_is_found_beside_a_skip_in_any_form(carried: st
     assert [(b.position, b.carrier) for b in branches] == [
         (i, (f"{i}.norm.weight", f"{i}.norm.bias")) for i in range(3)
     ]
+
+
+class WaveNet(nn.Module):
+    """Each layer feeds the stream and a sum over all layers: by halves of one layer's output, or by a layer each."""
+
+    def __init__(self, depth: int, halves: bool, ends: str, named: bool = True):
+        super().__init__()
+        self.stem, self.head, self.halves, self.ends = nn.Linear(5, N), nn.Linear(N, 2), halves, ends
+        self.gates, self.residual, self.skips = (nn.ModuleList(nn.Linear(N, N) for _ in range(depth)) for _ in range(3))
+        self.both = nn.ModuleList(nn.Linear(N, 2 * N) for _ in range(depth if halves else 0))
+        self.names = nn.ModuleList(nn.Identity() for _ in range(depth)) if named else [lambda value: value] * depth
+
+    def forward(self, x: Tensor, m: float = 1.0) -> Tensor:
+        x, total = self.stem(x), 0
+        for i, (gate, name) in enumerate(zip(self.gates, self.names, strict=True)):
+            y = torch.tanh(gate(x))
+            f, skip = self.both[i](y).chunk(2, -1) if self.halves else (self.residual[i](y), self.skips[i](y))
+            x, total = x + (name(f) if m == 1 else m * f), total + skip
+        return (x, total) if self.ends == "both" else self.head(torch.relu(total + x))
+
+
+@pytest.mark.parametrize("ends", ["both", "joined"])
+@pytest.mark.parametrize("halves", [True, False])
+def test_a_sum_over_all_layers_beside_the_stream_is_no_stream(halves: bool, ends: str) -> None:
+    torch.manual_seed(0)
+    model, x = WaveNet(6, halves, ends), torch.randn(4, 5)
+    options = {"base": WaveNet(3, halves, ends), "example_inputs": x, "how": "wrap", "rule": "complete-p"}
+    if not halves:
+        advice = r"sum that collects the layers' outputs.*exclude=\['skips\.\*'\]"
+        with pytest.raises(dm.DepthMuPError, match=advice):
+            dm.parametrize(model, **options)
+        options["exclude"] = ["skips.*"]
+    plain = copy.deepcopy(model)
+    plan = dm.parametrize(model, **options, initialization="keep")
+    assert [(s.additions, s.depth_multiplier) for s in plan.streams] == [(6, 2)]
+    torch.testing.assert_close(model(x), plain(x, 0.5))
+    with pytest.raises(dm.DepthMuPError, match="used for something else.*nn.Identity"):
+        dm.parametrize(WaveNet(6, True, ends, False), base=WaveNet(3, True, ends, False), example_inputs=x)
+
+
+GATED = {
+    "gate": lambda self, x, c, m: x + m * (torch.sigmoid(self.c(c)) * self.b(torch.tanh(self.a(x)))),
+    "gate without bounds": lambda self, x, c, m: self.c(c) * self.b(torch.tanh(self.a(x))) * m + x,
+    "gate and a smaller skip": lambda self, x, c, m: 0.9 * x + m * (self.c(c) * self.b(torch.tanh(self.a(x)))),
+    "gate of a constant": lambda self, x, c, m: x + m * (self.c(torch.ones(N)) * self.b(torch.tanh(self.a(x)))),
+}
+MODULATED = {
+    "halves": lambda self, x, s, t: x * s + t,
+    "one and half": lambda self, x, s, t: x * (1 + s) + t,
+    "shift first": lambda self, x, s, t: t + s * x,
+}
+
+
+class Conditional(nn.Module):
+    """Blocks whose branch is gated, or whose stream is modulated, by a second input."""
+
+    def __init__(self, step: Callable, modulated: bool):
+        super().__init__()
+        self.stem, self.condition, self.head = nn.Linear(5, N), nn.Linear(5, N), nn.Linear(N, 2)
+        self.blocks = nn.ModuleList(nn.ModuleDict({k: nn.Linear(N, N) for k in "abc"}) for _ in range(3))
+        self.both, self.step = nn.Linear(N, 2 * N), step if not modulated else None
+        self.modulate = step if modulated else None
+
+    def forward(self, x: Tensor, c: Tensor, m: float = 1.0) -> Tensor:
+        x, c = self.stem(x), self.condition(c)
+        for block in self.blocks:
+            if self.modulate is not None:
+                x = self.modulate(self, x, *self.both(torch.relu(c)).chunk(2, -1))
+                x = x + m * block["b"](torch.tanh(block["a"](x)))
+            else:
+                x = self.step(Layered(block), x, c, m)
+        return self.head(x)
+
+
+class Layered:
+    """Layers by name."""
+
+    def __init__(self, layers: nn.ModuleDict):
+        self.__dict__.update(layers.items())
+
+
+@pytest.mark.parametrize("name", [*GATED, *MODULATED])
+def test_a_gate_from_elsewhere_is_no_modulation_of_the_stream(name: str) -> None:
+    torch.manual_seed(0)
+    model = Conditional({**GATED, **MODULATED}[name], name in MODULATED)
+    inputs = torch.randn(4, 5), torch.randn(4, 5)
+    wanted = model(*inputs, m=1 / 3)
+    plan = dm.parametrize(model, depth_multiplier=3, example_inputs=inputs, rule="complete-p")
+    assert [(s.additions, s.depth_multiplier) for s in plan.streams] == [(3, 3)]
+    assert plan["blocks.1.a.weight"].role == "inner" and plan["blocks.1.b.weight"].role == "outer"
+    torch.testing.assert_close(model(*inputs), wanted)

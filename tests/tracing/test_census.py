@@ -153,3 +153,48 @@ def test_a_layer_of_every_stage_is_no_hidden_branch(placed: str) -> None:
     plan = dm.parametrize(Stages(placed), depth_multiplier=3, example_inputs=X)
     assert len(plan.branches) == 9
     assert {plan[f"stages.{i}.{placed}.weight"].role for i in range(3)} <= {"input", "outside"}
+
+
+class Mixed(nn.Module):
+    """Every second layer's sum does not show; ``name`` gives the layers' names."""
+
+    def __init__(self, depth: int, name: str):
+        super().__init__()
+        self.names = [name.format("ab"[i % 2], i // 2, i) for i in range(2 * depth)]
+        self.layers = nn.ModuleDict({each: nn.Linear(8, 8) for each in self.names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, name in enumerate(self.names):
+            f = self.layers[name](torch.tanh(x))
+            x = torch.logaddexp(x, f) if i % 2 else x + f
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("{0}{1}", r"exclude=\['layers\.b\*'\]"),
+        ("{0}_{1}", r"exclude=\['layers\.b_\*'\]"),
+        ("{2}", "ModuleList of their own"),
+    ],
+)
+def test_what_is_to_be_left_out_is_not_what_lies_in_branches(name: str, advice: str) -> None:
+    with pytest.raises(AmbiguousBranchError, match=f"4 of its kind lie outside, and 2 in the base.*{advice}"):
+        dm.parametrize(Mixed(4, name), base=Mixed(2, name), example_inputs=X)
+    if name != "{2}":
+        pattern = advice.partition("'")[2].partition("'")[0].replace("\\", "")
+        plan = dm.parametrize(Mixed(4, name), base=Mixed(2, name), example_inputs=X, exclude=[pattern])
+        assert len(plan.branches) == 4
+
+
+@pytest.mark.parametrize("ends", [(0,), (5,), (0, 5)])
+def test_a_bias_that_the_base_lacks_is_no_hidden_sum(ends: tuple[int, ...]) -> None:
+    def flat(depth: int, biased: bool) -> nn.Module:
+        """Modules with numbers for names: the first and the last are no blocks."""
+        bias = [biased or i not in ends for i in (0, 5)]
+        blocks = [dm.Residual(half()) for _ in range(depth)]
+        return nn.Sequential(nn.Linear(8, 8, bias=bias[0]), *blocks, nn.Linear(8, 8, bias=bias[1]))
+
+    with pytest.raises(AmbiguousBranchError, match=r"\.bias has no counterpart in the base"):
+        dm.parametrize(flat(4, True), base=flat(2, False), example_inputs=X)
+    assert len(dm.parametrize(flat(4, True), base=flat(2, True), example_inputs=X).branches) == 4

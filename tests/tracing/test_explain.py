@@ -54,7 +54,36 @@ def long_skip(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
     return x + stem if i == LAYERS - 1 else x
 
 
+def modulated(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
+    condition = torch.sigmoid(stem)
+    return x + net.first[i](torch.tanh(net.second[i](x)) * net.scale[i](condition) + net.shift[i](condition))
+
+
+def interpolated(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
+    return x + 0.3 * (inner(net, i, x) - x)
+
+
+def skip_in_the_branch(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
+    hidden = net.first[i](x)
+    return x + net.second[i](torch.tanh(net.scale[i](hidden)) + 0.5 * hidden)
+
+
+def written_out(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
+    h = net.first[i](x)
+    return x + net.second[i](0.5 * h * (1 + torch.tanh(0.8 * (h + 0.04 * h**3))))
+
+
+def bias_of_all(net: Net, i: int, x: Tensor, stem: Tensor) -> Tensor:
+    scores = net.first[i](x) + torch.tanh(net.shift[0](stem))
+    return x + net.second[i](torch.softmax(scores, -1) * net.scale[i](x))
+
+
 CASES = {
+    "modulation": (modulated, Reason.MODULATION, LAYERS - 1),  # the first block modulates the condition itself
+    "interpolation": (interpolated, Reason.TAKEN_AWAY, LAYERS),
+    "skip in the branch": (skip_in_the_branch, Reason.LONE, LAYERS),
+    "activation": (written_out, Reason.NO_WEIGHTS, LAYERS),
+    "bias of all layers": (bias_of_all, Reason.BESIDE, LAYERS),
     "position": (plain, Reason.PARAMETER, 1),
     "parallel": (parallel, Reason.BESIDE, LAYERS),
     "low rank": (low_rank, Reason.LINEAR, LAYERS),
@@ -85,3 +114,18 @@ def test_a_branch_that_is_left_out_is_said_to_be() -> None:
     found = dm.find_branches(model, X, exclude=["0", "1"], explain=True)
     assert [branch.name for branch in found.branches] == ["2.branch"]
     assert [(left.place, left.count, left.reason) for left in found.left_alone] == [("*", 2, Reason.CHOSEN)]
+
+
+def test_a_model_that_returns_its_loss_adds_numbers() -> None:
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*[dm.Residual(nn.Linear(N, N)) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return y.square().mean() + 0.1 * y.abs().mean()
+
+    found = dm.find_branches(Trained(), X, explain=True)
+    assert [(left.count, left.reason) for left in found.left_alone] == [(1, Reason.NUMBERS)]
+    assert "adds single numbers, such as losses" in str(found)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule", choices=sorted(RULES), default="depth-mup-corrected", help="default: depth-mup-corrected"
     )
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam", help="default: adam")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the base (default 0.001)")
+    parser.add_argument("--lr", type=sources.rate, default=1e-3, help="learning rate of the base (default 0.001)")
     parser.add_argument("--steps", type=sources.positive, default=3, metavar="N", help="training steps (default 3)")
     parser.add_argument("--seeds", type=sources.positive, default=3, metavar="N", help="default: 3")
     parser.add_argument("--batch-size", type=sources.positive, default=128, metavar="N", help="default: 128")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from torch_depthmup.commands.sources import figure, positive, rate
 from torch_depthmup.diagnostics.nfd.activations import ACTIVATIONS
 from torch_depthmup.diagnostics.nfd.comparison import compare, measure
 from torch_depthmup.diagnostics.nfd.figures import comparison_figure
@@ -23,7 +24,8 @@ __all__ = ["add_arguments", "run"]
 DESCRIPTION = """\
 Simulates the training of an infinitely wide residual network by Neural Feature Dynamics, trains real networks of the
 same architecture beside it with this package's SGD, on a few of scikit-learn's scanned digits (odd against even), and
-prints how far they are apart in standard errors over seeds. Writes a figure with both. Under a minute on two cores."""
+prints how far they are apart in standard errors over seeds. Writes a figure with both. Under a minute on two cores.
+For a network of your own write nfd.predict(make, ...) in Python: torch_depthmup.diagnostics.nfd."""
 
 COUPLING = "decoupled: gradient independence, beside networks with independent backward matrices (default reused)"
 
@@ -32,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``depthmup nfd``."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--depth", type=int, default=16, help="number of blocks (default 16)")
+    parser.add_argument("--depth", type=positive, default=16, help="number of blocks (default 16)")
     parser.add_argument(
-        "--base-depth", type=int, default=4, help="depth of the base that the rule scales from (default 4)"
+        "--base-depth", type=positive, default=4, help="depth of the base that the rule scales from (default 4)"
     )
     parser.add_argument("--block-layers", type=int, choices=(1, 2), default=2, help="layers of a block (default 2)")
     parser.add_argument(
@@ -42,15 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="tanh", help="default: tanh")
     parser.add_argument(
-        "--lr", type=float, default=1.0, help="learning rate of the base, in units of the width (default 1)"
+        "--lr", type=rate, default=1.0, help="learning rate of the base, in units of the width (default 1)"
     )
     parser.add_argument("--steps", type=int, default=4, help="SGD steps (default 4)")
-    parser.add_argument("--samples", type=int, default=4, help="digits to train on (default 4)")
-    parser.add_argument("--width", type=int, default=4096, help="width of the simulation (default 4096)")
-    parser.add_argument("--network-width", type=int, default=512, help="width of the networks (default 512)")
-    parser.add_argument("--seeds", type=int, default=8, help="of each (default 8)")
+    parser.add_argument("--samples", type=positive, default=4, help="digits to train on (default 4)")
+    parser.add_argument("--width", type=positive, default=4096, help="width of the simulation (default 4096)")
+    parser.add_argument("--network-width", type=positive, default=512, help="width of the networks (default 512)")
+    parser.add_argument("--seeds", type=positive, default=8, help="of each (default 8)")
     parser.add_argument("--coupling", choices=("reused", "decoupled"), default="reused", help=COUPLING)
-    parser.add_argument("--out", type=Path, default=Path("nfd.png"), metavar="FILE", help="default: nfd.png")
+    parser.add_argument("--out", type=figure, default=Path("nfd.png"), metavar="FILE", help="default: nfd.png")
     parser.add_argument("--verbose", action="store_true", help="also print the memory that the simulation will take")
 
 

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,9 +23,13 @@ from torch_depthmup.diagnostics.shared.content import source_digest
 from torch_depthmup.diagnostics.shared.training import take
 from torch_depthmup.errors import DepthMuPError
 
-__all__ = ["EXAMPLES", "Factory", "add_sources", "batches", "data", "examples", "factory", "positive", "write"]
+__all__ = [
+    "EXAMPLES", "Factory", "add_sources", "batches", "data", "examples", "factory", "figure", "positive", "rate",
+    "report", "write",
+]  # fmt: skip
 
 EXAMPLES = 16  # samples that branches are found with
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def add_sources(parser: argparse.ArgumentParser, command: str) -> None:
@@ -38,7 +43,7 @@ def add_sources(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument("--width", type=positive, metavar="N", help="the factory's second argument")
     out = Path(f"depthmup-{command}.html")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"the report (default {out})")
+    parser.add_argument("--out", type=report, default=out, metavar="FILE", help=f"the report (default {out})")
 
 
 def positive(text: str) -> int:
@@ -47,6 +52,39 @@ def positive(text: str) -> int:
         several = ", one after the other with spaces" if "," in text else ""
         raise argparse.ArgumentTypeError(f"must be a positive whole number{several}, not {text!r}")
     return int(text)
+
+
+def rate(text: str) -> float:
+    """A learning rate: a positive, finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive number such as 0.001, not {text!r}")
+    return value
+
+
+def report(text: str) -> Path:
+    """A page's path, where there is nothing yet or a page: nobody's own file is written over."""
+    path = _no_folder(text)
+    if path.is_file() and path.stat().st_size and not path.read_bytes()[:9].lower().startswith(b"<!doctype"):
+        raise argparse.ArgumentTypeError(f"{text} is no page that could be replaced. Give another name")
+    return path
+
+
+def figure(text: str) -> Path:
+    """A figure's path."""
+    path = _no_folder(text)
+    if path.suffix not in FIGURES:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(FIGURES)}, not {text!r}")
+    return path
+
+
+def _no_folder(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder. Give the name of a file")
+    return Path(text)
 
 
 @dataclass(frozen=True)

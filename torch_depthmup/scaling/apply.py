@@ -246,6 +246,13 @@ def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> It
         raise
 
 
+def _widest(parameter: Tensor) -> torch.dtype:
+    """The precision in which a factor is taken back, so that nothing but the rounding of the result is left of it."""
+    if parameter.is_complex():
+        return torch.complex128
+    return torch.float64 if parameter.device.type != "mps" else torch.float32
+
+
 def undo(model: nn.Module) -> None:
     """Takes an untrained model's scaling back: values to the last bit of rounding, modules and attributes exactly.
 
@@ -270,7 +277,7 @@ def undo(model: nn.Module) -> None:
         for entry in handle.plan.entries:
             parameter = parameters[entry.name]
             if entry.scale is not None and entry.scale != 1.0:
-                wide = parameter.double() if parameter.device.type != "mps" else parameter.float()
+                wide = parameter.to(_widest(parameter))
                 parameter.copy_(wide / entry.scale)
     if handle.set_shapes:
         widths.clear_shapes(owner)

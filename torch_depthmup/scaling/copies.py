@@ -16,6 +16,7 @@ from torch_depthmup.errors import PlanError
 from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import Copy, Hook, PlannedParameter
 from torch_depthmup.tracing.branches import Trace, roles
+from torch_depthmup.tracing.choosing import above
 
 __all__ = ["copied", "find_copies", "refuse_unequal", "scaled_as_originals"]
 
@@ -27,7 +28,10 @@ def find_copies(model: nn.Module, found: Trace) -> tuple[Copy, ...]:
     part of the same names and shapes counts as a copy where its branches, or the lack of a gradient, tell so.
     """
     known = {name: parameter for name, parameter in model.named_parameters()}
-    inside = {path: _below(path, known) for path, _ in model.named_modules() if path}
+    inside: dict[str, list[str]] = {path: [] for path, _ in model.named_modules() if path}
+    for name in known:
+        for path in above(name):
+            inside[path].append(name)
     still = {name for name, parameter in known.items() if not parameter.requires_grad or name not in found.reached}
     streams = {name: found.branches[i].stream for name, (i, _) in roles(found.branches).items()}
     originals: dict[tuple[tuple[str, tuple[int, ...]], ...], list[str]] = {}
@@ -72,16 +76,12 @@ def _holds_a_stream(names: Collection[str], streams: Mapping[str, int]) -> bool:
     return any(all(name in names for name, stream in streams.items() if stream == each) for each in touched)
 
 
-def _below(path: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(f"{path}.")]
-
-
 def _structure(path: str, names: Sequence[str], known: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name.removeprefix(path), tuple(known[name].shape)) for name in names)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return number_of(torch.linalg.vector_norm((a.detach() - b.detach()).float())) == 0
+    return number_of(torch.linalg.vector_norm((a.detach() - b.detach()).abs().float())) == 0
 
 
 def _warn_unequal(path: str, original: str) -> None:
@@ -132,7 +132,7 @@ def refuse_unequal(model: nn.Module, copies: Iterable[Copy]) -> None:
     """
     known = dict(model.named_parameters())
     for copy in copies:
-        for name in _below(copy.name, known):
+        for name in (name for name in known if copy.name in above(name)):
             original = copied(name, [copy])
             assert original is not None
             if not _equal(known[name], known[original]):

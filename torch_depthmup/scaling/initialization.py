@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import InitialSize
-from torch_depthmup.scaling.verify import filled, scaled
+from torch_depthmup.scaling.verify import entries, filled, scaled
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
@@ -153,8 +153,8 @@ def relative_sizes(
     sizes: dict[int, float] = {}
 
     def visit(branch: int, value: Tensor, skip: Tensor) -> Tensor:
-        beside = float(skip.float().square().mean().sqrt())
-        size = float(value.float().square().mean().sqrt())
+        beside = float(entries(skip).square().mean().sqrt())
+        size = float(entries(value).square().mean().sqrt())
         if beside > 0 and math.isfinite(size / beside) and size > 0:
             sizes[branch] = size / beside
         return torch.zeros_like(value)

@@ -110,10 +110,7 @@ def look(
         )
     seen = _seen(unwrap(model), inputs, options)
     if rule.scales_depth and not seen.found.branches:
-        raise PlanError(
-            f"{type(model).__name__} has no residual branches that could be found. Name them: branches=['<module "
-            "whose output is added to the skip>'], or write rule='mup'"
-        )
+        refusals.refuse_none(model, seen.found)
     if base is None:
         return seen, None
     refusals.refuse_unmatched(unwrap(base), options)
@@ -199,7 +196,12 @@ def make_plan(
     entries = _entries(seen, base, rule, streams, copies)
     if base is not None and any(entry.width is not None and entry.width.widths for entry in entries):
         warn_without_sizes(base.model)
-    planned = tuple(PlannedBranch(b, _multiplier(seen, b, rule, streams, copies)) for b in found.branches)
+    trained = {name for name, parameter in seen.model.named_parameters() if parameter.requires_grad}
+    multipliers = [rule.branch_multiplier(streams[b.stream].depth_multiplier) for b in found.branches]
+    planned = tuple(
+        PlannedBranch(b, 1.0 if _is_frozen(b, trained, copies) else multiplier)
+        for b, multiplier in zip(found.branches, multipliers, strict=True)
+    )
     if rule.scales_depth and is_deeper and base is not None:
         planned = _what_is_there(seen, base, entries, planned, streams)
     refusals.refuse_impossible(seen.model, planned, found, how)
@@ -230,13 +232,10 @@ def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedPara
         return missing_powers(*pair, seen.found, base.found, entries, factors)
 
 
-def _multiplier(seen: Seen, branch: Branch, rule: Rule, streams: Sequence[Stream], copies: Sequence[Copy]) -> float:
-    """The rule's; 1 for a branch of frozen parameters, which was trained at its own scale, unless it is a copy."""
-    parameters = dict(seen.model.named_parameters())
+def _is_frozen(branch: Branch, trained: set[str], copies: Sequence[Copy]) -> bool:
+    """Whether a branch's parameters are frozen, so that it was trained at its own scale; a copy's follow others."""
     is_copy = all(copied(name, copies) is not None for name in _inside(branch))
-    if not is_copy and not any(parameters[name].requires_grad for name in _inside(branch)):
-        return 1.0
-    return rule.branch_multiplier(streams[branch.stream].depth_multiplier)
+    return not is_copy and trained.isdisjoint(_inside(branch))
 
 
 # Roles, widths and sizes

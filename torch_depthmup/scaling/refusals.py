@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -25,6 +25,7 @@ __all__ = [
     "not_linear",
     "refuse_impossible",
     "refuse_nested",
+    "refuse_none",
     "refuse_shared",
     "refuse_unmatched",
     "refuse_unreached",
@@ -46,6 +47,15 @@ def refuse_unmatched(base: nn.Module, options: Mapping[str, Any]) -> None:
                 f"{option}=[{pattern!r}] matches modules of the model and none of the base, so the two would "
                 f"be counted in different ways. {advice}"
             )
+
+
+def refuse_none(model: nn.Module, trace: Trace) -> NoReturn:
+    """Refuses a model without branches."""
+    advice = "Name them: branches=['<module whose output is added to the skip>'], or write rule='mup'"
+    if trace.functions:
+        hidden = " or ".join(trace.functions[:3])
+        advice = f"{hidden}, an autograd Function, may hide its sums: write them with + while branches are looked for"
+    raise PlanError(f"{type(model).__name__} has no residual branches that could be found. {advice}")
 
 
 def refuse_shared(trace: Trace) -> None:
@@ -121,14 +131,14 @@ def _not_foldable(model: nn.Module, found: Trace, i: int) -> str:
 
 def not_linear(branch: Branch) -> str:
     """Why no parameter can carry a branch's multiplier; empty where some can."""
+    if branch.carrier:
+        return ""
     if not branch.inner and not branch.outer:
-        return "the branch has no parameters, so its multiplier cannot be folded"
-    if not branch.carrier:
-        return (
-            "the branch is not linear in its last parameters (a gate, an activation or a reparametrized weight comes "
-            "last), so its multiplier cannot be folded"
-        )
-    return ""
+        return "the branch has no parameters of its own, so its multiplier cannot be folded"
+    return (
+        "the branch is not linear in its last parameters (a gate, an activation or a reparametrized weight comes "
+        "last), so its multiplier cannot be folded"
+    )
 
 
 def _not_wrappable(model: nn.Module, found: Trace, i: int) -> str:

@@ -251,6 +251,17 @@ def refuse_replaced(parameters: Iterable[Tensor]) -> None:
                 )
 
 
+LOADED = (
+    "{} was loaded with values of a model whose multipliers are elsewhere, or that has none: it is {:.3g} times as "
+    "large as dm.parametrize left it. Load a checkpoint of a run with this plan, or see dm.convert_state_dict and "
+    "dm.attach"
+)
+WRITTEN = (
+    "{} was written to after dm.parametrize (initialised again?): it is {:.3g} times as large as dm.parametrize left "
+    "it. Initialise first, and call dm.parametrize after it"
+)
+
+
 def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
     """Warns where scaled values were written to before their first optimizer, and have lost the plan's factor by it.
 
@@ -258,38 +269,33 @@ def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
     """
     wanted = {id(parameter) for parameter in parameters}
     for owner, plan in owners():
-        handle = _handle(owner)
-        sizes, handle.sizes = handle.sizes, {}
-        ratios = {}
-        for name, parameter in owner.named_parameters():
-            if name in sizes and id(parameter) not in wanted:
-                handle.sizes[name] = sizes[name]
-            elif name in sizes and parameter._version != (handle.versions or {}).get(name) and _tells(parameter):
-                ratios[name] = float(parameter.detach().norm()) / sizes[name]
-        if not ratios:
-            continue
-        unscaled = _unscaled_sizes(plan)
-        off = [abs(r / unscaled[name] - 1) for name, r in ratios.items() if abs(unscaled[name] - 1) > 2 * ALIKE]
-        lost = bool(off) and statistics.median(off) < ALIKE / 2 and max(off) < 2 * ALIKE
-        moved = [
-            name
-            for name, r in ratios.items()
-            if plan[name].scale != 1.0 and abs(r - 1) > _chance(owner.get_parameter(name))
-        ]
+        ratios = _sizes_now(owner, wanted)
         if load_count(owner):
-            told = list(ratios) if lost else []
-            what = "was loaded with values of a model whose multipliers are elsewhere, or that has none"
-            fix = "Load a checkpoint of a run with this plan, or see dm.convert_state_dict and dm.attach"
+            told, message = (list(ratios) if _lack_the_factors(plan, ratios) else []), LOADED
         else:
-            told, what = moved, "was written to after dm.parametrize (initialised again?)"
-            fix = "Initialise first, and call dm.parametrize after it"
+            told, message = [name for name in ratios if plan[name].scale != 1.0], WRITTEN
+            told = [name for name in told if abs(ratios[name] - 1) > _chance(owner.get_parameter(name))]
         if told:
-            warnings.warn(
-                f"{told[0]} {what}: it is {ratios[told[0]]:.3g} times as large as dm.parametrize left it. {fix}",
-                UserWarning,
-                stacklevel=6,
-            )
+            warnings.warn(message.format(told[0], ratios[told[0]]), UserWarning, stacklevel=6)
             return
+
+
+def _sizes_now(owner: nn.Module, wanted: set[int]) -> dict[str, float]:
+    """The sizes of parameters that were written to, over what they were; those ``wanted`` are not asked for again."""
+    handle, ratios = _handle(owner), {}
+    for name, parameter in owner.named_parameters():
+        if name in handle.sizes and id(parameter) in wanted:
+            size = handle.sizes.pop(name)
+            if parameter._version != (handle.versions or {}).get(name) and _tells(parameter):
+                ratios[name] = float(parameter.detach().norm()) / size
+    return ratios
+
+
+def _lack_the_factors(plan: Plan, ratios: Mapping[str, float]) -> bool:
+    """Whether sizes are those of a model without the plan."""
+    unscaled = _unscaled_sizes(plan)
+    off = [abs(r / unscaled[name] - 1) for name, r in ratios.items() if abs(unscaled[name] - 1) > 2 * ALIKE]
+    return bool(off) and statistics.median(off) < ALIKE / 2 and max(off) < 2 * ALIKE
 
 
 def _holding(parameters: Iterable[Tensor]) -> list[nn.Module]:

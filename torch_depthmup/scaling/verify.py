@@ -21,7 +21,7 @@ from torch_depthmup.running import tensors_in
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["Differences", "Measured", "differences", "filled", "measured", "scaled"]
+__all__ = ["Differences", "Measured", "differences", "entries", "filled", "measured", "scaled"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
@@ -35,8 +35,8 @@ def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
     try:
         for parameter in zero.values():
             fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
-            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
-            parameter.copy_(values + (0.5 if parameter.ndim < 2 else 0.0))
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            parameter.copy_(values / math.sqrt(fan_in) + (0.5 if parameter.ndim < 2 else 0.0))
         yield
     finally:
         for parameter in zero.values():
@@ -110,7 +110,7 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
                 f"{branch.name}: the branch was not there in a second pass on the same inputs. A network that changes "
                 "from call to call cannot be measured; put it in evaluation mode"
             )
-        size = float(values[i].abs().float().norm())
+        size = float(entries(values[i]).norm())
         if not 0 < size < math.inf:
             raise MeasurementError(
                 f"{branch.name}: the branch's value on the example inputs has norm {size}, so nothing can be measured. "
@@ -132,30 +132,40 @@ def differences(
 
     def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
         was, multiplier = before.branches[branch], multipliers[branch]
-        wanted = _wide(was) * multiplier
-        error = float((_wide(value) - wanted).norm() / wanted.norm())
+        wanted = entries(was) * multiplier
+        error = float((entries(value) - wanted).norm() / wanted.norm())
         tolerance = min(COARSEST, before.rounding)
         if not error <= tolerance:
-            ratio = float(_wide(value).norm() / _wide(was).norm())
+            ratio = float(entries(value).norm() / entries(was).norm())
             wrong[branch] = (
                 f"{found.branches[branch].name}: the branch should be {multiplier:.6g} times what it was, and is "
                 f"{ratio:.6g} times (relative error {error:.2g}, tolerance {tolerance:.2g})"
             )
-        return was.clone()
+        return _in_place_of(value, was)
 
     after = _floating(run_metered(model, inputs, Meter(found, compare)))
     for i, (value, was) in enumerate(zip(after, before.outputs, strict=True)):
-        error = float((_wide(value) - _wide(was)).nan_to_num().norm())
-        if error > before.rounding * float(_wide(was).nan_to_num().norm()):
+        error = float((entries(value) - entries(was)).nan_to_num().norm())
+        if error > before.rounding * float(entries(was).nan_to_num().norm()):
             return Differences(wrong, "the output" if len(after) == 1 else f"output {i} (of {len(after)})")
     return Differences(wrong, None)
 
 
-def _wide(value: Tensor) -> Tensor:
-    """A value in a precision in which differences are exact enough."""
+def entries(value: Tensor) -> Tensor:
+    """The entries of a tensor as real numbers, in a precision in which their differences are exact enough."""
+    if value.is_nested:
+        value = torch.cat([part.flatten() for part in value.unbind()])
     if value.is_complex():
-        return torch.view_as_real(value).double()
+        value = torch.view_as_real(value)
     return value if value.dtype == torch.float64 else value.float()
+
+
+def _in_place_of(value: Tensor, was: Tensor) -> Tensor:
+    """An earlier value for a later pass, in which the sizes of ragged tensors may be other symbols."""
+    if value.is_nested and value.layout is torch.jagged:
+        offsets: Any = value
+        return torch.nested.nested_tensor_from_jagged(was.values().clone(), offsets.offsets())
+    return was.clone()
 
 
 def _coarsest(model: nn.Module) -> float:

@@ -7,6 +7,7 @@ the same data and one of them takes a short linear way (projection skip).
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class Reason(enum.Enum):
     LONG_SKIP = "adds an earlier value of a stream to it, as in a U-Net, or joins streams"
     COLLECTS = "collects outputs of layers, which nothing in the network reads"
     LONE = "is a lone sum inside a branch, such as the D-skip of a state-space model"
+    RECURRENCE = "is a step of a recurrence inside a branch, which uses the same weights at each step"
     BESIDE = "joins two paths that are no skip and branch, inside or behind what was found"
     CHOSEN = "is left out by include or exclude"
     DOUBTFUL = "may or may not be residual"
@@ -117,7 +119,7 @@ def _is_nonlinear(graph: Graph, i: int) -> bool:
     node, data = graph.nodes[i], graph.data_inputs(i)
     if len(data) > 1 and (node.kind.is_product or node.kind.takes_one_factor_of_data):
         return True
-    plain = node.is_weight_operation or node.kind.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
+    plain = node.is_weight_operation or node.is_linear or node.kind in (Kind.NORM, Kind.MAX_POOL)
     return bool(data) and not plain
 
 
@@ -158,7 +160,7 @@ def _by_ways(
 
 
 def _is_modulation(graph: Graph, operands: list[int]) -> bool:
-    """``x * s + t``: s and t come from one place, and x from another."""
+    """``x * s + t``: s and t come from one place, and x from another. In ``x * f(t) + t`` t is a skip, and x a gate."""
     for product, shift in (operands, operands[::-1]):
         factors = graph.data_inputs(product)
         if graph.nodes[product].kind is not Kind.MULTIPLY or len(set(factors)) != 2:
@@ -166,6 +168,7 @@ def _is_modulation(graph: Graph, operands: list[int]) -> bool:
         ways = [_single_way(graph, i) for i in (*factors, shift)]
         for one, other in (ways[:2], ways[1::-1]):
             apart = not graph.reaches(one[0], other[0]) and not graph.reaches(other[0], one[0])
+            apart = apart and not set(_whole_way(graph, shift)) & set(other)
             if apart and not graph.reaches(shift, one[0]) and set(other) & set(ways[2]) - set(one):
                 return not set(one) & set(ways[2])
     return False
@@ -204,7 +207,7 @@ def _carried_skip(
 def _carries(graph: Graph, i: int, across_weights: bool) -> bool:
     """Whether a node only hands on its one data operand, rearranged, cast, multiplied or pooled."""
     node = graph.nodes[i]
-    linear = node.kind.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
+    linear = node.is_linear or node.kind is Kind.MAX_POOL or across_weights and node.kind is Kind.NORM
     return len(graph.data_inputs(i)) == 1 and (across_weights if node.is_weight_operation else linear)
 
 
@@ -303,7 +306,7 @@ def _linked(graph: Graph, candidates: dict[int, ResidualAddition]) -> set[int]:
 
 def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]:
     """Sums that only collect outputs of the layers, ``out = out + head(f)``: nothing in the network reads them."""
-    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in linear_way(graph, r.skip))}
+    collected = {r.node for r in residuals if not any(graph.reaches(r.branch, i) for i in _whole_way(graph, r.skip))}
     while True:
         before = len(collected)
         for residual in residuals:
@@ -324,6 +327,14 @@ def _collecting(graph: Graph, residuals: Sequence[ResidualAddition]) -> set[int]
         for end in graph.outputs
     )
     return collected if reading and (one_by_one or apart) else set()
+
+
+def _whole_way(graph: Graph, node: int) -> list[int]:
+    """Linear steps back from a value, but not from a part of a layer's output to the whole, which others use too."""
+    way = linear_way(graph, node)
+    sizes = [math.prod(graph.nodes[i].shape) for i in way]
+    parts = [k for k in range(1, len(way)) if sizes[k - 1] < sizes[k] and graph.nodes[way[k - 1]].kind is Kind.VIEW]
+    return way[: parts[0]] if parts else way
 
 
 def _holds(bits: int, nodes: Iterable[int]) -> bool:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import nn
 from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
 from torch_depthmup.tables import COLUMNS, Table, columns, fold_names
-from torch_depthmup.tracing.additions import Reason, ResidualAddition, nested_in, residual_additions, trunk_of
+from torch_depthmup.tracing.additions import Reason, ResidualAddition, residual_additions
 from torch_depthmup.tracing.attention import Attention, attentions_of
 from torch_depthmup.tracing.choosing import (
     Pattern,
@@ -29,8 +30,9 @@ from torch_depthmup.tracing.choosing import (
     refuse_doubtful,
 )
 from torch_depthmup.tracing.graph import Graph, record
+from torch_depthmup.tracing.inside import describe_all, has_weights, inner_steps, is_tapped, owner_of
 from torch_depthmup.tracing.operations import Number
-from torch_depthmup.tracing.parameters import Bounds, carrier_of, describe
+from torch_depthmup.tracing.parameters import carrier_of
 from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
 from torch_depthmup.tracing.streams import loose_matrices, sides_of, streams_of
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
@@ -195,7 +197,7 @@ class Trace:
     functions: tuple[str, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
 
-    @property
+    @functools.cached_property
     def branches(self) -> tuple[Branch, ...]:
         """The branches as the user sees them."""
         return tuple(traced.branch for traced in self.traced)
@@ -299,17 +301,19 @@ def trace(
     }
     found, reasons = residual_additions(graph, declared_nodes(graph, declared))
     outside = _outside(graph, like)
-    _describe(graph, found, outside)
-    all_found = {residual.node for residual in found}
-    found = _without_inner_steps(graph, found, _nested_kinds(like))
-    _describe(graph, found, outside)
-    names = _unique([_owner(graph, residual) for residual in found])
+    reasons |= {residual.node: Reason.BESIDE for residual in found if residual.branch in outside}
+    found = [residual for residual in found if residual.branch not in outside]
+    describe_all(graph, found, outside)
+    steps = inner_steps(graph, found, _nested_kinds(like))
+    found = [residual for residual in found if residual.node not in steps]
+    describe_all(graph, found, outside)
+    names = _unique([owner_of(graph, residual) for residual in found])
     loose = loose_matrices(graph, found, excluded or set())
 
     def kept(owners: set[str]) -> bool:
         return (included is None or bool(owners & included)) and not owners & (excluded or set())
 
-    reasons |= dict.fromkeys(all_found - {residual.node for residual in found}, Reason.LONE)
+    reasons |= steps
     keep = [i for i, residual in enumerate(found) if kept(owners_of(graph, names[i], residual.node))]
     reasons |= {found[i].node: Reason.CHOSEN for i in range(len(found)) if i not in keep}
     found, names = [found[i] for i in keep], [names[i] for i in keep]
@@ -339,84 +343,36 @@ def _outside(graph: Graph, like: Trace | None) -> set[int]:
     return {i for i in range(len(graph.nodes)) if names and is_outside(i)}
 
 
-def _describe(graph: Graph, found: list[ResidualAddition], outside: set[int]) -> None:
-    nodes = {residual.node for residual in found}
-    trunks = {r.node: _trunk(graph, r, nodes) for r in found}
-    for residual in found:
-        nested = nested_in(graph, residual, found)
-        others = [other for other in found if other is not residual and other.node not in nested]
-        bounds = Bounds(
-            addition=residual.node,
-            branch=residual.branch,
-            start=residual.start,
-            projection=residual.projection,
-            fed=residual.fed,
-            others=frozenset().union(*(trunks[other.node] for other in others)) - {residual.branch} | outside,
-        )
-        residual.parts = describe(graph, bounds)
-
-
-def _trunk(graph: Graph, residual: ResidualAddition, nodes: set[int]) -> set[int]:
-    """An addition, its skip, and what lies between it and its neighbours, such as a norm that several things read."""
-    way = trunk_of(graph, residual.skip, nodes)
-    before = [i for i in way if i in nodes]
-    after = [residual.node]
-    while len(following := graph.consumers[after[-1]]) == 1:
-        (i,) = following
-        if graph.nodes[i].is_weight_operation or len(graph.data_inputs(i)) != 1:
-            break
-        after.append(i)
-    while len(graph.consumers[after[-1]]) < 2 and len(after) > 1:
-        after.pop()
-    return {residual.node, residual.skip, *after, *(i for i in way if any(graph.reaches(i, j) for j in before))}
-
-
 def _nested_kinds(like: Trace | None) -> set[str]:
     """The names without numbers of branches inside of branches."""
     traced = () if like is None else like.traced
     return {without_numbers(traced[i].branch.name) for outer in traced for i in outer.nested}
 
 
-def _without_inner_steps(graph: Graph, found: list[ResidualAddition], kinds: set[str]) -> list[ResidualAddition]:
-    """Without lone additions inside a branch, such as a state-space model's D-skip: they are part of that branch.
-
-    Those whose kind is in ``kinds`` are a stream of which one addition is left.
-    """
-    streams = streams_of(graph, found)
-    return [
-        residual
-        for residual, stream in zip(found, streams, strict=True)
-        if streams.count(stream) > 1
-        or without_numbers(_owner(graph, residual)) in kinds
-        or not any(residual.node in outer.parts.nodes for outer in found)
-    ]
-
-
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
     streams, returned = streams_of(graph, found), returned_by(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
     sides, shared = sides_of(graph, found, names, streams)
+    carriers = _carriers(graph, found, sides)
     traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
-        carrier = carrier_of(graph, residual.branch, residual.parts)
         branch = Branch(
             name=names[i],
             stream=streams[i],
             position=streams[:i].count(streams[i]),
             additions=depths[streams[i]],
-            skip="projection" if _has_weights(graph, residual) else "identity",
+            skip="projection" if has_weights(graph, residual) else "identity",
             levels=residual.parts.levels,
             inner=tuple(inner),
             outer=tuple(outer),
-            # What something else uses too cannot carry this branch's multiplier.
-            carrier=carrier if set(carrier) <= {*inner, *outer} else (),
+            carrier=carriers[i],
         )
         nested = (j for j, other in enumerate(found) if j != i and other.node in residual.parts.nodes)
         summands = summands_of(graph, residual.branch, residual.parts.nodes, returned)
-        is_tapped = _is_tapped(graph, residual, frozenset(branch.carrier))
+        tapped = is_tapped(graph, residual, frozenset(branch.carrier))
         whole = {name: SIDES[side] for name, side in residual.parts.sides.items() if name in sides}
-        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), is_tapped, whole))
+        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), tapped, whole))
     return Trace(
         traced=tuple(traced),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},
@@ -433,19 +389,20 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
     )
 
 
-def _has_weights(graph: Graph, residual: ResidualAddition) -> bool:
-    """Whether the shortcut has weight operations of its own."""
-    only = graph.only(residual.skip, residual.branch)
-    return residual.projection and any(node.is_weight_operation and only >> i & 1 for i, node in enumerate(graph.nodes))
+def _carriers(
+    graph: Graph, found: list[ResidualAddition], sides: Mapping[str, tuple[int, int]]
+) -> list[tuple[str, ...]]:
+    """The carrier of each branch: empty where it is used by something else, unless that is the same layer once more.
 
+    A layer at several steps of a recurrence carries the same multiplier at each of them.
+    """
+    carriers = [carrier_of(graph, residual.branch, residual.parts) for residual in found]
 
-def _owner(graph: Graph, residual: ResidualAddition) -> str:
-    """The module of a branch's parameters; of a branch without any the one that returns it, or that runs the sum."""
-    if residual.parts.sides:
-        return residual.parts.owner
-    running = graph.additions[residual.node].modules[-1] if residual.node in graph.additions else ""
-    groups = summands_of(graph, residual.branch, residual.parts.nodes, returned_by(graph))
-    return min((at.module for at in groups[0]), key=len) if len(groups) == 1 else running
+    def is_own(i: int, name: str) -> bool:
+        at = sides[name][0] if name in sides else -1
+        return at >= 0 and carriers[at] == carriers[i] and found[at].node not in found[i].parts.nodes
+
+    return [names if all(is_own(i, name) for name in names) else () for i, names in enumerate(carriers)]
 
 
 def _unique(owners: list[str]) -> list[str]:
@@ -460,18 +417,3 @@ def _site(graph: Graph, residual: ResidualAddition) -> Site | None:
     if addition is None or residual.branch not in addition.operands:
         return None
     return Site(addition.number, addition.operands.index(residual.branch))
-
-
-def _is_tapped(graph: Graph, residual: ResidualAddition, carrier: frozenset[str]) -> bool:
-    """Whether something outside a branch takes a value between its carrier and its addition."""
-    nodes = residual.parts.nodes
-    pending = [i for i in nodes if any(carrier & graph.nodes[j].weights for j in graph.weight_inputs(i))]
-    seen = set(pending)
-    while pending:
-        i = pending.pop()
-        following = {j for j in graph.consumers[i] if not (j == residual.node and i == residual.branch)}
-        if i in graph.outputs or following - nodes:
-            return True
-        pending.extend(following - seen)
-        seen |= following
-    return False

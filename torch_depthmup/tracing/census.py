@@ -7,12 +7,17 @@ another part in the next.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 from torch_depthmup.errors import AmbiguousBranchError
+from torch_depthmup.running import without_numbers
+from torch_depthmup.tracing.additions import Reason
 from torch_depthmup.tracing.branches import Branch, Trace, roles
+from torch_depthmup.tracing.choosing import above
 
 __all__ = ["check_census", "check_parts"]
 
@@ -30,33 +35,42 @@ def check_census(trace: Trace, base: Trace | None = None) -> None:
         AmbiguousBranchError: it names a weight, what is odd about it, and what to write.
     """
     layers = _layer_numbers(trace.branches)
-    parts = _parts(trace, layers)
     outside = _counted(trace.loose, layers)
-    there = {} if base is None else _counted(base.loose, _layer_numbers(base.branches))
+    if base is None:
+        _check_repeated(trace, outside, layers)
+        return
+    there = _counted(base.loose, _layer_numbers(base.branches))
     grown = _grown(trace, base, layers)
+    known = {_kind(name, layers) for name in base.reached}
+    for kind, names in outside.items():
+        # A layer's bias may be missing in the base: then its matrix has not become more numerous.
+        layer = {_kind(name, layers) for name in trace.loose if _module(name) == _module(names[0])} - {kind}
+        is_lacking = kind in grown and bool(layer) and not layer & grown
+        beside = there.get(kind, [])
+        if kind not in known:  # perhaps the number is a part of the word: layer1, layer2
+            word = without_numbers(names[0])
+            names, beside = ([n for n in sorted(t.loose) if without_numbers(n) == word] for t in (trace, base))
+        if kind not in known and not beside or is_lacking and len(names) > len(beside):
+            _refuse_family(names[0])
+        if kind in grown and len(names) > len(beside):
+            _refuse(trace, names, f"{len(names)} of its kind lie outside, and {len(beside)} in the base")
+
+
+def _check_repeated(trace: Trace, outside: Mapping[str, list[str]], layers: frozenset[str]) -> None:
+    """Without a base: kinds outside that occur inside too, or as often as the blocks."""
+    parts = _parts(trace, layers)
     repeated = {len(members) for members in parts.values() if len(members) >= MANY}
     for kind, names in outside.items():
-        if base is not None and not any(_kind(name, layers) == kind for name in base.reached):
-            raise AmbiguousBranchError(
-                f"{names[0]} has no counterpart in the base, where no parameter has such a name. Build model and base "
-                "with the same code"
-            )
-        if base is not None and kind in grown and len(names) > len(there.get(kind, ())):
-            _refuse(
-                trace, names[0], f"{len(names)} of its kind lie outside, and {len(there.get(kind, ()))} in the base"
-            )
-        if base is None and kind in parts:
+        if kind in parts:
             other = next(iter(parts[kind]))
-            _refuse(trace, names[0], f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
+            _refuse(trace, names, f"{other}, of the same kind, lies in one; pass base=small_model if both are meant")
         per_stage = any(_holds_blocks(names[0], kind) for kind in parts)
-        if base is None and not per_stage and any(len(names) % count == 0 for count in repeated):
-            _refuse(trace, names[0], f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
+        if not per_stage and any(len(names) % count == 0 for count in repeated):
+            _refuse(trace, names, f"there are {len(names)} of its kind, as many as there are blocks or a multiple")
 
 
-def _grown(trace: Trace, base: Trace | None, layers: frozenset[str]) -> set[str]:
+def _grown(trace: Trace, base: Trace, layers: frozenset[str]) -> set[str]:
     """The kinds of which the model has more than its base, inside of branches or not."""
-    if base is None:
-        return set()
     theirs = _counted(base.reached, _layer_numbers(base.branches))
     return {kind for kind, names in _counted(trace.reached, layers).items() if len(names) > len(theirs.get(kind, ()))}
 
@@ -69,6 +83,8 @@ def check_parts(trace: Trace) -> None:
     """
     layers = _layer_numbers(trace.branches)
     for members in _parts(trace, layers).values():
+        if len(set(members.values())) == 1:
+            continue
         # Blocks of two classes may call different things alike: conv.1 of one is not conv.1 of the other.
         alike: dict[frozenset[str], dict[str, str]] = {}
         for name, side in members.items():
@@ -91,15 +107,35 @@ def _parts(trace: Trace, layers: frozenset[str]) -> dict[str, dict[str, str]]:
     return parts
 
 
-def _refuse(trace: Trace, name: str, why: str) -> None:
-    pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name.rpartition(".")[0]) or "*"
+def _refuse_family(name: str) -> NoReturn:
+    """Refuses a base that lacks a parameter."""
+    raise AmbiguousBranchError(
+        f"{name} has no counterpart in the base, where no parameter is in its place. Build model and base with the "
+        "same code"
+    )
+
+
+def _refuse(trace: Trace, names: Sequence[str], why: str) -> NoReturn:
     hidden = "its sum is written in a way that does not show (a fused operation, logaddexp, a product with a constant)"
     if trace.functions:
         hidden = f"{' or '.join(trace.functions[:3])}, an autograd Function, holds its sum"
+    way = "Write it with +, or, if"
+    if any(left.reason is Reason.COLLECTS for left in trace.left_alone):
+        hidden, way = "it only feeds a sum that collects the layers' outputs, which is left alone", "If"
+    pattern = re.sub(r"\d+", "*", _module(names[0]))
+    inside = [name for name in roles(trace.branches) if any(fnmatch.fnmatchcase(m, pattern) for m in above(name))]
+    aside = f"exclude=['{pattern}']"
+    if inside or not pattern:
+        aside = "hold them in a ModuleList of their own and exclude that"
     raise AmbiguousBranchError(
-        f"{name} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps "
-        f"{hidden}. Write it with +, or, if these weights are meant to stay as they are, exclude=['{pattern}']"
+        f"{names[0]} is used outside every residual branch that was found, and seems to be part of one: {why}. Perhaps "
+        f"{hidden}. {way} these weights are meant to stay as they are, {aside}"
     )
+
+
+def _module(name: str) -> str:
+    """The module that holds a parameter."""
+    return name.rpartition(".")[0]
 
 
 def _refuse_unlike(members: Mapping[str, str]) -> None:

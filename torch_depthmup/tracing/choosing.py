@@ -137,6 +137,6 @@ def declarable(graph: Graph, node: int) -> list[str]:
 def linear_way(graph: Graph, node: int) -> list[int]:
     """A value and those that it is computed from by linear steps alone, each from one value."""
     steps = [node] if node >= 0 else []
-    while steps and graph.nodes[steps[-1]].kind.is_linear and len(graph.data_inputs(steps[-1])) == 1:
+    while steps and graph.nodes[steps[-1]].is_linear and len(graph.data_inputs(steps[-1])) == 1:
         steps.append(graph.data_inputs(steps[-1])[0])
     return steps

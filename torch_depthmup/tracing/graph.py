@@ -5,21 +5,17 @@ This room knows tensors, modules and autograd nodes, and no residual branches: `
 
 from __future__ import annotations
 
-import contextlib
-import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import is_sharded, quiet, tensors_in, trial
-from torch_depthmup.tracing.operations import Kind, Number, Sums, addition_operands, kind_of, kind_of_write
+from torch_depthmup.tracing.operations import Kind, Number, kind_of, kind_of_write
+from torch_depthmup.tracing.recorder import Edge, Recorder, producer
 
 __all__ = ["Addition", "Graph", "Node", "record"]
 
@@ -45,6 +41,9 @@ class Node:
         is_data: whether it depends on the network's inputs.
         weights: names of the parameters that it depends on, if it depends on nothing else.
         is_direct: whether its value is one parameter, at most viewed.
+        is_linear: whether it is linear in its data, given that only one operand is data, or that it adds.
+        is_linear_in_weights: whether it is made of parameters and constants, and linear in all parameters together: a
+            masked weight, or one that a constant matrix is applied to.
         is_weight_operation: whether it multiplies data with a parameter of two or more dimensions.
         is_scalar: whether its value is a single number.
         shape: of its value.
@@ -58,11 +57,18 @@ class Node:
     is_data: bool
     weights: frozenset[str]
     is_direct: bool
+    is_linear: bool
+    is_linear_in_weights: bool
     is_weight_operation: bool
     is_scalar: bool
     shape: tuple[int, ...] = ()
     function: str = ""
     factor: float = 1.0
+
+    @property
+    def keeps_positive_factors(self) -> bool:
+        """Whether a positive multiple of its data gives the same multiple of its value."""
+        return self.is_linear or self.kind in (Kind.HOMOGENEOUS, Kind.MAX_POOL)
 
 
 @dataclass(frozen=True)
@@ -100,97 +106,6 @@ class Graph:
         return [i for i in self.nodes[node].inputs if i >= 0 and not self.nodes[i].is_data]
 
 
-class _Recorder(TorchFunctionMode):
-    """Notes additions with the nodes of their operands, and which module calls returned which nodes."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-        self.stack: list[str] = []
-        self.sums = Sums()
-        # Every sum: its number, its edge, its operands' edges where Python names both, and the modules then running.
-        self.additions: list[tuple[Number, Edge | None, tuple[Edge | None, ...] | None, tuple[str, ...]]] = []
-        self.writes: dict[Edge, str] = {}  # the edge of an in-place write into a view, and the function that wrote
-        self.returned: list[tuple[str, list[tuple[Edge | None, Edge | None]]]] = []
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return True  # no data, no answer: libraries ask for shortcuts, such as "is the mask all ones?"
-        kwargs = kwargs or {}
-        is_sum, summands = self.sums.operands(func, args, kwargs) is not None, addition_operands(func, args, kwargs)
-        before = None if summands is None else tuple(map(_producer, summands))
-        if summands is not None and _is_in_place(func):
-            before = _written(summands[0]), _producer(summands[1])
-        result = func(*args, **kwargs)
-        edge, written = _producers(result)
-        if written is not None and type(written[0]).__name__ == "CopySlices" and written not in self.writes:
-            edge = written
-            self.writes[written] = func.__name__
-        self.sums.note(func, args, kwargs, result)
-        if is_sum:
-            self.additions.append((self.sums.number(func), edge, before, tuple(self.stack)))
-        return result
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        thread = threading.get_ident()
-
-        def enter(module: nn.Module, _: Any) -> None:
-            if threading.get_ident() == thread:
-                self.stack.append(self.names.get(id(module), ""))
-
-        def leave(module: nn.Module, _: Any, output: Any) -> Any:
-            if threading.get_ident() != thread:
-                return None
-            self.stack.pop()
-            if isinstance(module, nn.Identity) and isinstance(output, Tensor):
-                # A value of its own, so that what takes it can be told from what takes the identity's input.
-                output = output.view_as(output)
-            if id(module) in self.names:
-                outputs = output if isinstance(output, tuple | list) else (output,)
-                self.returned.append((self.names[id(module)], [_producers(value) for value in outputs]))
-            return output
-
-        handles = [
-            module_hooks.register_module_forward_pre_hook(enter),
-            module_hooks.register_module_forward_hook(leave),
-        ]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-Edge = tuple[Any, int]
-"""An autograd node and the number of its output: the halves of a chunk are values of their own."""
-
-
-def _producer(value: Any) -> Edge | None:
-    """What produced a tensor; for a leaf, the node that would accumulate its gradient."""
-    # Where autograd does not record, as inside of a custom Function's forward, a view of a weight has no node.
-    if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
-        return None
-    edge = torch.autograd.graph.get_gradient_edge(value)
-    return edge.node, edge.output_nr
-
-
-def _producers(value: Any) -> tuple[Edge | None, Edge | None]:
-    """A tensor's edge, and that of what it is a view of: an in-place sum replaces the former."""
-    return _producer(value), _written(value) if isinstance(value, Tensor) else None
-
-
-def _is_in_place(func: Callable) -> bool:
-    return func.__name__ in ("__iadd__", "__isub__") or func.__name__.endswith("_") and not func.__name__.endswith("__")
-
-
-def _written(value: Tensor) -> Edge | None:
-    """The edge that an in-place function writes to: that of the tensor itself, or of what it is a view of."""
-    base = value._base if value._is_view() else None
-    return _producer(value if base is None else base)
-
-
 def record(model: nn.Module, example_inputs: Any) -> Graph:
     """Runs the model once and returns its autograd graph. The model stays as it was.
 
@@ -207,7 +122,7 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
             f"{name} is sharded, which hides where weights are used. Look at the whole model before it is sharded, or "
             "at a twin on one process that loads the full state dict"
         )
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     with quiet(model):
         try:
             with recorder.watching():
@@ -221,7 +136,7 @@ def record(model: nn.Module, example_inputs: Any) -> Graph:
             raise TracingError(
                 f"{type(model).__name__} failed on the example inputs: {type(error).__name__}: {error}. {advice}"
             ) from error
-        roots = [node for tensor in tensors_in(output) if (node := _producer(tensor)) is not None]
+        roots = [node for tensor in tensors_in(output) if (node := producer(tensor)) is not None]
         if not roots:
             raise TracingError(
                 f"{type(model).__name__} returned no tensor that depends on its parameters with a gradient. Do not run "
@@ -250,17 +165,8 @@ def _operands(edge: Edge) -> list[Edge]:
     return [next_ for next_ in edge[0].next_functions if next_[0] is not None]
 
 
-def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: _Recorder) -> Graph:
-    index: dict[Edge, int] = {}
-    parameters = {id(parameter): (name, parameter.ndim) for name, parameter in model.named_parameters()}
-    ndims = dict(parameters.values())
-    nodes: list[Node] = []
-    weights = _parametrized(recorder)
-    for edge in order:
-        for kind, inputs in _steps(edge, nodes, index, recorder.writes):
-            node = _node(kind, inputs, edge[0], nodes, parameters, ndims)
-            nodes.append(_as_weight(node, nodes) if edge in weights else node)
-        index[edge] = len(nodes) - 1
+def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: Recorder) -> Graph:
+    nodes, index = _nodes(order, model, recorder.writes)
     outputs = frozenset(index[root] for root in roots)
     consumers = _consumers(nodes, outputs)
     additions = {}
@@ -280,22 +186,47 @@ def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: _Re
     return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of, outputs)
 
 
-def _parametrized(recorder: _Recorder) -> set[Edge]:
-    """What computes a parametrized weight, from whatever constants: spectral norm keeps vectors to multiply with."""
-    made = [edge for name, returned in recorder.returned if _is_parametrization(name) for edge, _ in returned if edge]
-    return set(_topological(made))
+def _nodes(order: list[Edge], model: nn.Module, writes: Mapping[Edge, str]) -> tuple[list[Node], dict[Edge, int]]:
+    """The nodes of all values, and the index of each.
+
+    A weight that multiplies a constant is a layer on data that was made inside forward (positions), or it is still a
+    weight (a spectral norm, a constant basis). What becomes of the product tells.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ndims = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    constant: set[Edge] = set()
+    while True:
+        index: dict[Edge, int] = {}
+        nodes: list[Node] = []
+        products: dict[int, Edge] = {}
+        for edge in order:
+            for kind, inputs in _steps(edge, nodes, index, writes):
+                nodes.append(_node(kind, inputs, edge, nodes, names, ndims, edge in constant))
+                if not nodes[-1].is_data and nodes[-1].weights and _multiplies_constant(kind, inputs):
+                    products[len(nodes) - 1] = edge
+            index[edge] = len(nodes) - 1
+        found = _not_weights(nodes, products)
+        if not found:
+            return nodes, index
+        constant |= {products[i] for i in found}
 
 
-def _is_parametrization(module: str) -> bool:
-    return re.search(r"(^|\.)parametrizations\.[^.]+$", module) is not None
-
-
-def _as_weight(node: Node, nodes: Sequence[Node]) -> Node:
-    """A node that would be taken for data, as a part of a weight."""
-    if not node.is_data or node.kind in (Kind.LEAF, Kind.LOOKUP):
-        return node
-    weights = frozenset[str]().union(*(nodes[i].weights for i in node.inputs if i >= 0))
-    return replace(node, is_data=False, weights=weights, is_weight_operation=False)
+def _not_weights(nodes: Sequence[Node], products: Iterable[int]) -> list[int]:
+    """The products of weights and constants that data are not multiplied with; of those that meet none, the last."""
+    made_of: dict[int, set[int]] = {i: {i} for i in products}
+    met, otherwise = set[int](), set[int]()
+    for i, node in enumerate(nodes):
+        for j in node.inputs:
+            if j not in made_of:
+                continue
+            if not node.is_data:
+                made_of.setdefault(i, set()).update(made_of[j])
+                continue
+            met |= made_of[j]
+            is_matrix = node.kind is Kind.CONVOLUTION or node.kind is Kind.MATRIX_PRODUCT and len(nodes[j].shape) <= 2
+            # An operation's weights come before its data, so the last one starts the way; others may be weights on it.
+            otherwise |= set() if is_matrix else {max(made_of[j])}
+    return sorted(otherwise) or [i for i in products if i not in met][-1:]
 
 
 def _consumers(nodes: list[Node], outputs: frozenset[int]) -> list[list[int]]:
@@ -327,8 +258,10 @@ def _steps(
     if operation in ("Addcmul", "Addcdiv"):
         product = Kind.MULTIPLY if operation == "Addcmul" else Kind.DIVIDE
         return [(product, inputs[1:]), (Kind.ADD, (inputs[0], following))]
-    if operation in ("Addmm", "Baddbmm", "Addmv") and inputs[0] >= 0 and nodes[inputs[0]].is_data:
+    if operation in ("Addmm", "Baddbmm", "Addmv", "SparseAddmm") and inputs[0] >= 0 and nodes[inputs[0]].is_data:
         return [(kind, inputs[1:]), (Kind.ADD, (inputs[0], following))]
+    if operation == "Linear":
+        return [(kind, (*inputs[2:], *inputs[:2]))]  # the bias first, as everywhere else
     if operation == "Lerp":
         weight = inputs[2] if len(inputs) > 2 else -1
         difference, step = (Kind.SUBTRACT, (inputs[1], inputs[0])), (Kind.MULTIPLY, (following, weight))
@@ -367,18 +300,20 @@ def _stacked(autograd_node: Any) -> Any:
 def _node(
     kind: Kind,
     inputs: tuple[int, ...],
-    autograd_node: Any,
+    edge: Edge,
     nodes: list[Node],
-    parameters: Mapping[int, tuple[str, int]],
+    names: Mapping[int, str],
     ndims: Mapping[str, int],
+    starts_data: bool,
 ) -> Node:
+    autograd_node, shapes = edge[0], _shapes(edge[0])
     present = [nodes[j] for j in inputs if j >= 0]
     weights = frozenset[str]().union(*(operand.weights for operand in present))
     ancestors = 1 << len(nodes)
     for operand in present:
         ancestors |= operand.ancestors
-    name = parameters.get(id(autograd_node.variable), ("",))[0] if kind is Kind.LEAF else ""
-    starts_data = kind is Kind.LOOKUP or (kind is Kind.LEAF and not name) or _multiplies_constant_data(kind, inputs)
+    name = names.get(id(autograd_node.variable), "") if kind is Kind.LEAF else ""
+    starts_data |= kind is Kind.LOOKUP or (kind is Kind.LEAF and not name)
     is_data = starts_data or any(operand.is_data for operand in present)
     views_one = kind is Kind.VIEW and len(inputs) == len(present) == 1 and present[0].is_direct
     return Node(
@@ -388,12 +323,19 @@ def _node(
         is_data=is_data,
         weights=frozenset() if is_data else weights | ({name} if name else frozenset()),
         is_direct=not is_data and (bool(name) or views_one),
+        is_linear=kind.is_linear or kind.takes_one_factor_of_data and len(present) == 1,
+        is_linear_in_weights=not is_data and (bool(name) or _is_linear_in_weights(kind, inputs, present)),
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
-        is_scalar=_is_scalar(autograd_node),
-        shape=_shape(autograd_node),
-        function=type(autograd_node).__name__.removesuffix("Backward") if kind is Kind.CUSTOM else "",
+        is_scalar=bool(shapes) and not any(shapes),
+        shape=shapes[0] if shapes else (),
+        function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
         factor=_factor(kind, autograd_node),
     )
+
+
+def _function(name: str) -> str:
+    """What the user calls the Function, or the operator of ``torch.library``, that this node belongs to."""
+    return name.removeprefix("GeneratedBackwardFor_").removesuffix("_default").removesuffix("Backward")
 
 
 def _factor(kind: Kind, autograd_node: Any) -> float:
@@ -408,24 +350,43 @@ def _factor(kind: Kind, autograd_node: Any) -> float:
         return 1.0
     first_is_constant = autograd_node.next_functions[0][0] is None
     saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
-    if isinstance(saved, Tensor) and (saved.ndim or saved.is_meta) or not isinstance(saved, Tensor | float | int):
+    if (
+        isinstance(saved, torch.Tensor)
+        and (saved.ndim or saved.is_meta)
+        or not isinstance(saved, torch.Tensor | float | int)
+    ):
         return 1.0
-    number = float(saved.detach() if isinstance(saved, Tensor) else saved)
+    number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
     return 1 / number if kind is Kind.DIVIDE and number else number
 
 
-def _multiplies_constant_data(kind: Kind, inputs: tuple[int, ...]) -> bool:
-    """Whether a weight multiplies data that was made inside forward and needs no gradient."""
+def _multiplies_constant(kind: Kind, inputs: tuple[int, ...]) -> bool:
+    """Whether it is a product with a value that needs no gradient."""
     if kind is Kind.CONVOLUTION:
         return -1 in inputs[:1]
     return kind in (Kind.MATRIX_PRODUCT, Kind.RECURRENT) and -1 in inputs[-2:]
 
 
-def _is_scalar(autograd_node: Any) -> bool:
-    metadata = getattr(autograd_node, "_input_metadata", None) or ()
-    return len(metadata) > 0 and all(len(m.shape) == 0 for m in metadata if m is not None)
+def _is_linear_in_weights(kind: Kind, inputs: tuple[int, ...], operands: Sequence[Node]) -> bool:
+    """Whether it is linear in its operands, all of which are so in the weights that they are made of."""
+    if not operands or not all(operand.is_linear_in_weights for operand in operands):
+        return False
+    if kind.is_sum:
+        return len(operands) > 1  # else it adds a constant
+    if kind.is_product or kind.takes_one_factor_of_data:
+        return len(operands) == 1 and (kind is not Kind.DIVIDE or inputs[0] >= 0)
+    return kind.is_linear
 
 
-def _shape(autograd_node: Any) -> tuple[int, ...]:
-    metadata = getattr(autograd_node, "_input_metadata", None) or (None,)
-    return () if metadata[0] is None else tuple(int(size) for size in metadata[0].shape)
+def _shapes(autograd_node: Any) -> list[tuple[int, ...]]:
+    """The shapes of what a node gives, as far as they are known."""
+    return [_shape(m) for m in getattr(autograd_node, "_input_metadata", None) or () if m is not None]
+
+
+def _shape(metadata: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(metadata.shape)
+    except RuntimeError:  # of a nested tensor
+        return (-1,)
+    # A size that differs from sample to sample (torch.jagged) is no number.
+    return tuple(int(size) if str(size).isdigit() else -1 for size in sizes)

@@ -56,11 +56,6 @@ class Kind(enum.Enum):
         return self.is_sum or self.is_product or self in (Kind.VIEW, Kind.LOOKUP, Kind.FOURIER, Kind.LINEAR)
 
     @property
-    def keeps_positive_factors(self) -> bool:
-        """Whether a positive multiple of the data operand gives the same multiple of the value."""
-        return self.is_linear or self in (Kind.HOMOGENEOUS, Kind.MAX_POOL)
-
-    @property
     def takes_one_factor_of_data(self) -> bool:
         """Whether it multiplies data with a weight in one fused operation that is linear in both."""
         return self in (Kind.MATRIX_PRODUCT, Kind.CONVOLUTION)
@@ -92,7 +87,7 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.DIVIDE, rf"Div{_SUFFIX}"),
     (
         Kind.MATRIX_PRODUCT,
-        r"_?(Mm|Addmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|Trilinear|GroupedMm|ScaledMm|ScaledGroupedMm)Backward\d*",
+        r"_?(Mm|Addmm|SparseAddmm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|Matmul|Trilinear|GroupedMm|ScaledMm|ScaledGroupedMm)Backward\d*",
     ),
     (Kind.CONVOLUTION, r"_?\w*Conv(olution)?\w*Backward\d*"),
     (Kind.RECURRENT, r"\w*(Rnn|Lstm|Gru)\w*Backward\d*"),
@@ -161,6 +156,7 @@ FUSED: Mapping[str, Callable[..., Operands]] = {
     "addmm": _matrix_sum(torch.mm),
     "addmv": _matrix_sum(torch.mv),
     "baddbmm": _matrix_sum(torch.bmm),
+    "_sparse_addmm": _matrix_sum(torch.sparse.mm),
     "lerp": lambda input, end, weight: (input, weight * (end - input)),
     "index_add": lambda input, dim, index, source, *, alpha=1: (
         input,

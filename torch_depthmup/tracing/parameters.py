@@ -121,7 +121,8 @@ def _carrier(graph: Graph, i: int, parts: Parts) -> list[str] | None:
         node, data, weights = graph.nodes[i], graph.data_inputs(i), graph.weight_inputs(i)
         if weights and _is_parametrised(node):
             return _joined(_names(graph, _weight_first(graph, weights)), added)
-        if node.kind.is_product and (weights or len(data) == 2):
+        is_product = node.kind.is_product or node.kind.takes_one_factor_of_data and not weights
+        if is_product and (weights or len(data) == 2):
             return _joined(_carrier_of_product(graph, node, data, weights, parts), added)
         biases = _names(graph, weights)
         if biases is None or not _keeps_factors(node, bool(weights)):
@@ -142,7 +143,7 @@ def _keeps_factors(node: Node, with_weights: bool) -> bool:
     """Whether a positive multiple of the operands, weights included, gives the same multiple of the value."""
     if node.kind.is_sum:
         return sum(i >= 0 for i in node.inputs) > 1  # else it adds a constant
-    return node.kind.keeps_positive_factors and not with_weights
+    return node.keeps_positive_factors and not with_weights
 
 
 def _weight_first(graph: Graph, weights: list[int]) -> list[int]:
@@ -189,7 +190,7 @@ def _all_names(graph: Graph, node: int) -> set[str]:
 
 
 def _names(graph: Graph, nodes: list[int]) -> list[str] | None:
-    """The parameters behind these operands, or ``None`` where one is more than a view of a single parameter."""
-    if not all(graph.nodes[j].is_direct for j in nodes):
+    """The parameters behind these operands, or ``None`` where one of them is not linear in its parameters."""
+    if not all(graph.nodes[j].is_linear_in_weights for j in nodes):
         return None
     return [name for j in nodes for name in graph.nodes[j].weights]

@@ -54,6 +54,6 @@ def _group(found: list[Producer]) -> tuple[tuple[Producer, ...], ...]:
 def _keeps_multiples(graph: Graph, node: int) -> bool:
     """Whether a multiple of a node's data operands gives the same multiple of its value."""
     data = graph.data_inputs(node)
-    if not data or graph.nodes[node].is_weight_operation or not graph.nodes[node].kind.is_linear:
+    if not data or graph.nodes[node].is_weight_operation or not graph.nodes[node].is_linear:
         return False
     return len(data) == (2 if graph.nodes[node].kind.is_sum else 1)

@@ -92,10 +92,9 @@ def _afterwards(
     partners: list[str] = []
     while len(graph.consumers[node]) == 1:
         node = graph.consumers[node][0]
-        kind = graph.nodes[node].kind
-        if kind is Kind.NORM:
+        if graph.nodes[node].kind is Kind.NORM:
             return tuple(modules), tuple(partners), True
-        if not kind.keeps_positive_factors or len(graph.data_inputs(node)) != 1:
+        if not graph.nodes[node].keeps_positive_factors or len(graph.data_inputs(node)) != 1:
             break
         if not modules:
             partners += [name for j in graph.weight_inputs(node) for name in sorted(graph.nodes[j].weights)]

@@ -252,3 +252,13 @@ def test_a_whole_that_grows_by_itself_is_no_mistake_of_the_rule() -> None:
     assert {s.quantity: s.verdict for s in _of_the_network(slopes)}["stream"] == "network"
     spoiled = tuple(replace(s, verdict="broken") if s.quantity in ("stream", "inner") else s for s in result.slopes)
     assert _of_the_network(spoiled) == spoiled
+
+
+@pytest.mark.parametrize("quantity", ["branch", "inner", "outer"])
+def test_the_whole_is_not_called_broken_while_a_branch_cannot_be_told(quantity: str) -> None:
+    slopes = check("mup", seeds=2).slopes
+    verdicts = {"stream": "broken", quantity: "cannot tell"}
+    told = tuple(replace(s, verdict=verdicts.get(s.quantity, "holds")) for s in slopes)
+    assert {s.quantity: s.verdict for s in _of_the_network(told)}["stream"] == "cannot tell"
+    wrong = tuple(replace(s, verdict="broken") if s.quantity == quantity else s for s in told)
+    assert _of_the_network(wrong) == wrong

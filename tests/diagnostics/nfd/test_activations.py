@@ -26,3 +26,14 @@ def test_a_staircase_has_slope_zero() -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DepthMuPError, match="'mish'.*relu.*callable"):
         get_activation("mish")
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [lambda x: torch.ones_like(x), lambda x: x.detach().tanh(), lambda x: torch.from_numpy(x.detach().numpy()), len],
+)
+def test_what_has_no_graph_is_refused_with_what_to_write(activation) -> None:
+    with pytest.raises(DepthMuPError, match="cannot differentiate. Write it in torch's operations"):
+        derivative(activation, torch.randn(3))
+    value, slope = derivative(lambda x: 0 * x + 2.0, torch.randn(3))
+    assert bool((value == 2).all()) and not slope.any()

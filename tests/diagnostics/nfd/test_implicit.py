@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from formed import COLUMNS, ROWS, entries, implicit
+from torch import nn
 from torch.nn import functional as F
 
-from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise, TrainedMatrix
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
 from torch_depthmup.errors import DepthMuPError
-
-ROWS, COLUMNS = 12, 10
-
-
-def implicit(rows: int = ROWS, columns: int = COLUMNS) -> nn.Parameter:
-    start = GaussianMatrix(rows, columns, Noise([0], dtype=torch.float64), std=0.7)
-    return nn.Parameter(ImplicitWeight(TrainedMatrix.at_start(start), "block.weight"))
-
-
-def entries(weight: Tensor) -> Tensor:
-    """All entries, by asking for every direction."""
-    with torch.no_grad():
-        return F.linear(torch.eye(weight.shape[1], dtype=torch.float64), weight).T.clone()
-
 
 X, BIAS = torch.randn(2, 3, COLUMNS, dtype=torch.float64), torch.randn(ROWS, dtype=torch.float64)
 P = torch.randn(2, 3, ROWS, dtype=torch.float64)
@@ -103,10 +89,3 @@ def test_a_query_that_was_overwritten_is_asked_anew() -> None:
 def test_what_needs_entries_is_refused_by_name(use, operation: str) -> None:
     with pytest.raises(DepthMuPError, match=f"block.weight.*{operation}"):
         use(implicit())
-
-
-def test_adam_is_refused_by_name() -> None:
-    weight = implicit()
-    F.linear(X, weight).sum().backward()
-    with pytest.raises(DepthMuPError, match="block.weight.*trained by SGD"):
-        torch.optim.Adam([weight]).step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -150,6 +151,22 @@ def test_models_that_do_not_fit_are_refused(make, message: str) -> None:
         predict(make, X, Y, width=WIDTH, optimizer=sgd, steps=1, seeds=1)
 
 
+@pytest.mark.parametrize(
+    "make, width, message",
+    [
+        (Norms, 10**10, r"make_model\(10000000000\) fails without values"),
+        (Norms, 3 * 10**7, "would take .* GB and there are 1.0 GB. .*formed"),  # biases
+        (lambda n: nn.Sequential(nn.Linear(10, n), *(nn.Linear(n, n) for _ in range(9)), nn.Linear(n, 1)), 10**5,
+         "would take .* Take fewer samples"),
+        (MODELS["transformer"], 63, "the model of this width fails on the inputs: unflatten"),
+    ],
+)  # fmt: skip
+def test_widths_that_will_not_do_are_told_before_memory_is_taken(monkeypatch, make, width: int, message: str) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 250_000, "SC_PAGE_SIZE": 4000}.get)
+    with pytest.raises(DepthMuPError, match=message):
+        predict(make, X, Y, width=width, optimizer=sgd, steps=40, seeds=1)
+
+
 def test_too_little_width_is_refused_with_the_width_that_will_do() -> None:
     with pytest.raises(DepthMuPError, match="3 rows in a pass.*30 steps.*93 of its 64 directions.*2 times"):
         predict(Norms, X, Y, width=64, optimizer=sgd, steps=30, seeds=1)
@@ -158,6 +175,39 @@ def test_too_little_width_is_refused_with_the_width_that_will_do() -> None:
 def test_divergence_is_told() -> None:
     with pytest.raises(DepthMuPError, match="diverged at step"):
         predict(Norms, X, Y, width=512, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e12), steps=8, seeds=1)
+
+
+class Patchwise(nn.Module):
+    """A vision transformer: patches of 4 x 4 pixels, a class token, one of torch's pre-norm layers."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, n, 4, 4), nn.Parameter(torch.randn(1, 1, n))
+        self.positions = nn.Parameter(0.5 * torch.randn(5, n))
+        self.layer = nn.TransformerEncoderLayer(n, 4, 2 * n, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(n), nn.Linear(n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.patches(x).flatten(2).transpose(1, 2)
+        rows = torch.cat([self.token.expand(len(rows), -1, -1), rows], dim=1) + self.positions
+        return self.head(self.norm(self.layer(rows))[:, 0])
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("width", [256, 512])
+@pytest.mark.parametrize("name", ["biases", "pre-norm", "vision"])
+def test_wide_networks_are_predicted(name: str, width: int) -> None:
+    make = {**MODELS, "vision": Patchwise}[name]
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) if name == "vision" else X
+
+    def slow(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=4.0 / width)
+
+    measured = torch.stack([dense(make, seed, 3, width, slow, x) for seed in range(24)])
+    predicted = predict(make, x, Y, width=width, optimizer=slow, steps=3, seeds=range(100, 124)).outputs
+    assert float((measured[:, -1] - measured[:, 0]).mean(0).abs().max()) > 0.1
+    error = (measured.var(0) / len(measured) + predicted.var(0) / len(predicted)).sqrt()
+    assert float(((measured.mean(0) - predicted.mean(0)) / error).abs().max()) < 4
 
 
 @pytest.mark.evidence

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from wide import Norms, X, Y, dense
 
+import torch_depthmup as dm
 from torch_depthmup.diagnostics.nfd import predict
 from torch_depthmup.diagnostics.nfd.spanned import Spanned
 from torch_depthmup.errors import DepthMuPError
@@ -48,14 +49,36 @@ def test_muon_trains_as_with_the_entries(options: dict) -> None:
     assert float(((measured.mean(0) - predicted.mean(0)) / error).abs().max()) < 4
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adafactor", "RMSprop"])
-def test_optimizers_that_need_entries_are_refused_by_name(name: str) -> None:
-    with pytest.raises(
-        DepthMuPError, match=f"{name} cannot train a matrix that is never formed.*Muon can.*up.0.weight"
-    ):
-        predict(
-            Norms, X, Y, width=128, optimizer=lambda m: getattr(torch.optim, name)(m.parameters()), steps=2, seeds=1
-        )
+class Pair:
+    """Two optimizers as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def planned(model: nn.Module) -> Pair:
+    """`dm.Muon` for the matrices between layers and `dm.SGD` for the rest, after `dm.parametrize`."""
+    dm.parametrize(model, depth_multiplier=2, example_inputs=X)
+    hidden = [p for name, p in model.named_parameters() if name.startswith(("up", "down")) and p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    return Pair(dm.Muon(hidden, lr=0.02), dm.SGD(rest, lr=0.02))
+
+
+def test_muon_with_a_plan_trains_as_with_the_entries() -> None:
+    measured = torch.stack([dense(Norms, seed, 3, 128, planned) for seed in range(24)])
+    predicted = predict(Norms, X, Y, width=128, optimizer=planned, steps=3, seeds=range(100, 124)).outputs
+    plain = predict(Norms, X, Y, width=128, optimizer=lambda m: Both(m, lr=0.02), steps=3, seeds=4).outputs
+    error = (measured.var(0) / len(measured) + predicted.var(0) / len(predicted)).sqrt()
+    assert float(((measured.mean(0) - predicted.mean(0)) / error).abs().max()) < 4
+    assert float(((plain - predicted[:4])[:, -1].mean(0) / error[-1]).abs().max()) > 4
 
 
 def spanned() -> tuple[Spanned, torch.Tensor]:

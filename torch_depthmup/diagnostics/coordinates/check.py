@@ -364,11 +364,14 @@ def _of_the_network(slopes: tuple[Slope, ...]) -> tuple[Slope, ...]:
     """What the rule sets holds in every branch: then it is the network that lets the whole move otherwise.
 
     A rule sets the branches' multiplier and learning rates. The exponent of the whole follows from them where gradients
-    do not depend on depth, which is not so in every network (post-norm; no depth scaling at all).
+    do not depend on depth, which is not so in every network (post-norm; no depth scaling at all). So as long as the
+    branches cannot be told, neither can the whole.
     """
-    if any(s.verdict != "holds" for s in slopes if s.quantity in ("branch", "inner", "outer")):
+    of_branches = {s.verdict for s in slopes if s.quantity in ("branch", "inner", "outer")}
+    if "broken" in of_branches:
         return slopes
-    return tuple(replace(s, verdict="network") if s.verdict == "broken" and s.axis == "depth" else s for s in slopes)
+    verdict: Verdict = "network" if of_branches <= {"holds"} else "cannot tell"
+    return tuple(replace(s, verdict=verdict) if s.verdict == "broken" and s.axis == "depth" else s for s in slopes)
 
 
 def _gradient_slope(sizes: dict[Point, float]) -> float:

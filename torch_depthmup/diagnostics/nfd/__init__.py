@@ -2,7 +2,8 @@
 
 `simulate` trains the canonical network at any width without its matrices; `predict` trains a model of yours in the
 same way, by your own code, and `implicit_model` gives that model; `simulate_like` is for MLPs of the canonical form.
-`gia_gap`, `infinite_depth`, `returns` and the closed forms say what follows; `CanonicalResNet` is a module.
+`sweep` predicts learning rates; `gia_gap`, `infinite_depth`, `returns` and the closed forms say what follows;
+`CanonicalResNet` is a module.
 """
 
 from torch_depthmup.diagnostics.nfd.building import implicit_model
@@ -13,6 +14,7 @@ from torch_depthmup.diagnostics.nfd.like import simulate_like
 from torch_depthmup.diagnostics.nfd.limits import DepthLimit, Returns, infinite_depth, returns
 from torch_depthmup.diagnostics.nfd.network import CanonicalResNet
 from torch_depthmup.diagnostics.nfd.predict import Prediction, predict
+from torch_depthmup.diagnostics.nfd.rates import sweep
 from torch_depthmup.diagnostics.nfd.result import NFDResult
 from torch_depthmup.diagnostics.nfd.setting import Scales, Setting
 from torch_depthmup.diagnostics.nfd.simulate import memory_estimate, simulate
@@ -37,5 +39,6 @@ __all__ = [
     "returns",
     "simulate",
     "simulate_like",
+    "sweep",
     "tangent_kernel",
 ]

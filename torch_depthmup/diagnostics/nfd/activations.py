@@ -40,9 +40,19 @@ def get_activation(activation: str | Activation) -> Activation:
 
 
 def derivative(activation: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
-    """An elementwise activation's value and derivative at x."""
+    """An elementwise activation's value and derivative at x.
+
+    Raises:
+        DepthMuPError: the value cannot be differentiated.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = activation(leaf)
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            name = getattr(activation, "__name__", type(activation).__name__)
+            raise DepthMuPError(
+                f"the activation {name} gives a value that autograd cannot differentiate. Write it in torch's "
+                "operations, without detach, item or numpy; a constant as 0 * x + constant"
+            )
         (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
     return value.detach(), slope

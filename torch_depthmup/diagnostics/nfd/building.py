@@ -18,6 +18,7 @@ from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["hidden_matrices", "implicit_model"]
 
+LONG = 10**6  # entries of a vector that is not worth making where only shapes are asked for
 CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
 
 
@@ -62,7 +63,7 @@ def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[
 
 def _shapes(make_model: Callable[[int], nn.Module], width: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Shapes of all parameters, and which of them belong to convolutions that are formed."""
-    with own_random_state(), Making(lambda shape: len(shape) >= 2):
+    with own_random_state(), Making(lambda shape: len(shape) >= 2 or math.prod(shape) > LONG):
         try:
             model = make_model(width)
         except Exception as error:  # whatever the user's factory raises

@@ -3,7 +3,8 @@
 A product with an `ImplicitWeight` is answered by `gaussian.py`. Autograd's own node of the product is kept: its saved
 input comes back as a `_Query`, which remembers its coordinates, so that the weight's gradient p q^T is again a matrix
 in coordinates of the queries and not an array. Sums and multiples of such matrices are all that SGD, momentum, nesterov
-and weight decay need. Any other operation needs the entries, and is refused by name.
+and weight decay need; what an optimizer does with gradients entry by entry is noted down, see `elementwise.py`. Any
+other operation needs the initial entries, and is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from torch_depthmup.diagnostics.nfd.einsum import einsum_as_matmul
+from torch_depthmup.diagnostics.nfd.elementwise import applied, filled, functional
+from torch_depthmup.diagnostics.nfd.entries import pointwise
 from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.margins import Margin, margin_norms
 from torch_depthmup.diagnostics.nfd.patches import Patches, positions
 from torch_depthmup.diagnostics.nfd.spanned import Spanned
 from torch_depthmup.errors import DepthMuPError
@@ -37,7 +42,7 @@ class _Cell:
     name: str
     value: TrainedMatrix
     kernel: tuple[int, ...] = ()
-    patched: tuple[Tensor, int, Tensor] | None = None  # the last input and its patches: a backward pass needs them too
+    patched: tuple[Patches, Tensor, int, Tensor] | None = None  # the last input's: a backward pass needs them too
 
     def of(self, value: TrainedMatrix) -> _Cell:
         """Another value of the same shape."""
@@ -46,9 +51,9 @@ class _Cell:
     def patches(self, walk: Patches, x: Tensor) -> Tensor:
         """Rows of patches, the same tensor for the same input."""
         last = self.patched
-        if last is None or not _same(last[0], x) or last[1] != x._version:
-            last = self.patched = x, x._version, walk.rows(x)
-        return last[2]
+        if last is None or last[0] != walk or not _same(last[1], x) or last[2] != x._version:
+            last = self.patched = walk, x, x._version, walk.rows(x)
+        return last[3]
 
     def ask(self, side: Side, rows: Tensor) -> Tensor:
         """Coordinates (1, rows, queries) of rows from a side."""
@@ -120,7 +125,9 @@ class ImplicitWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.einsum:
-            func, args = _einsum_as_matmul, args[:1] + tuple(_flat(args[1:]))
+            operands = _flat(args[1:])
+            at = next(i for i, operand in enumerate(operands) if isinstance(operand, ImplicitWeight))
+            func, args = einsum_as_matmul, (args[0], operands, at, operands[at]._cell.name)
         with torch._C.DisableTorchFunctionSubclass(), _Saving():
             return func(*args, **(kwargs or {}))
 
@@ -129,41 +136,22 @@ class ImplicitWeight(Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         handler = HANDLERS.get(func.overloadpacket)
-        if handler is not None:
-            result = handler(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
+        result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = _by_entries(func, args, kwargs or {})
+        if result is not NotImplemented:
+            return result
         weight = next(a for a in _flat(args) if isinstance(a, ImplicitWeight))
         raise DepthMuPError(
             f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
             "can be multiplied with (linear layers, matmul, convolutions over one or two dimensions without groups) "
-            "and trained by SGD with momentum and weight decay, or by Muon"
+            "and trained by SGD, Muon, and what acts on gradients entry by entry, one parameter after the other: "
+            "AdamW, not Adam with an L2 penalty"
         )
 
 
 def _flat(args: Any) -> list[Any]:
     return [item for arg in args for item in (_flat(arg) if isinstance(arg, list | tuple) else [arg])]
-
-
-def _einsum_as_matmul(equation: str, *operands: Tensor) -> Tensor:
-    """The einsum of data and one weight that sums over one of its two indices, as a matrix product."""
-    left, _, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    at = next(i for i, operand in enumerate(operands) if isinstance(operand, ImplicitWeight))
-    weight, indices = operands[at], terms[at]
-    summed = [i for i in indices if i not in out]
-    if len(operands) != 2 or len(indices) != 2 or len(summed) != 1 or "..." in out or not out:
-        raise DepthMuPError(
-            f"{weight._cell.name}: einsum {equation!r} is not a product with this matrix over one of its indices. "  # type: ignore[attr-defined]
-            "Write it as a linear layer or matmul"
-        )
-    data, free = terms[1 - at], indices.replace(summed[0], "")
-    kept = data.replace(summed[0], "")
-    if set(kept + free) != set(out) or data.count(summed[0]) != 1 or len(set(data)) != len(data):
-        raise DepthMuPError(f"{weight._cell.name}: einsum {equation!r} is not covered here. Write it as matmul")  # type: ignore[attr-defined]
-    rows = operands[1 - at].movedim(data.index(summed[0]), -1)
-    made = torch.matmul(rows, weight if indices[0] == summed[0] else weight.t())
-    return made.permute([(kept + free).index(i) for i in out])
 
 
 class _Query(Tensor):
@@ -265,6 +253,29 @@ def _note(x: Tensor, query: _Asked) -> None:
                 saved.query = query, True
 
 
+def _by_entries(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What acts entry by entry on gradients, and on what an optimizer made of them."""
+    act, out = functional(func), kwargs.get("out")
+    weights = [a for a in (*args, out) if isinstance(a, ImplicitWeight)]
+    if not weights:  # several at once, as with foreach=True
+        return NotImplemented
+    one = weights[0]
+    alike = all(w._transposed == one._transposed and w.matrix.start is one.matrix.start for w in weights)
+    if act is None or not alike:
+        return NotImplemented
+    values = tuple(a.matrix if isinstance(a, ImplicitWeight) else a for a in args)
+    made = applied(act, values, {key: value for key, value in kwargs.items() if key != "out"})
+    if made is None:
+        return NotImplemented
+    written = args[0] if act is not func and out is None else out
+    if written is None:
+        return _like(one, made)
+    if isinstance(written, ImplicitWeight):
+        written._cell.value = made
+        return written
+    return NotImplemented
+
+
 def _mm(first: Tensor, second: Tensor) -> Any:
     if isinstance(first, ImplicitWeight):
         return NotImplemented if isinstance(second, ImplicitWeight) else _mm(second.t(), _t(first)).t()
@@ -361,6 +372,11 @@ def _in_place(made: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+def _full(weight: ImplicitWeight, value: float, **_: Any) -> ImplicitWeight:
+    zero = weight.matrix.times(0.0)
+    return _like(weight, filled(zero, pointwise(torch.add, zero.known, value)))
+
+
 def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any:
     if not isinstance(other, ImplicitWeight) or other.matrix.start is not weight.matrix.start:
         return NotImplemented
@@ -369,7 +385,8 @@ def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any
 
 def _to(weight: ImplicitWeight, *args: Any, **kwargs: Any) -> Any:
     """Where it is already, and of the type it has; it cannot be moved. What training made may lose precision."""
-    if kwargs == {"dtype": torch.bfloat16} and not weight.matrix.gain and not weight._cell.kernel:
+    low = not weight.matrix.gain and weight.matrix.entries is None
+    if kwargs == {"dtype": torch.bfloat16} and low and not weight._cell.kernel:
         change = weight.matrix.change[0].to(torch.bfloat16)
         return Spanned.of(tuple(weight.shape), change.T if weight._transposed else change, weight._cell.name)
     kept = (weight.dtype, weight.device, None, False)
@@ -383,13 +400,32 @@ def _view(weight: ImplicitWeight) -> ImplicitWeight:
 
 def _any(weight: ImplicitWeight) -> Tensor:
     matrix = weight.matrix
-    return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.change.any()))
+    return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.norm()))
 
 
 def _norm(
     weight: ImplicitWeight, order: float = 2, dim: Any = None, keep: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    return weight.matrix.norm()[0].to(dtype or weight.dtype) if order == 2 and not dim and not keep else NotImplemented
+    if order != 2:
+        return NotImplemented
+    if not dim and not keep:
+        return weight.matrix.norm()[0].to(dtype or weight.dtype)
+    axes = [dim] if isinstance(dim, int) else list(dim or ())
+    if len(axes) != 1 or not keep or weight._cell.kernel or weight._transposed:
+        return NotImplemented
+    norms = margin_norms(weight.matrix, axes[0] % 2)
+    return NotImplemented if norms is None else _margin(weight, norms.to(dtype or weight.dtype))
+
+
+def _margin(weight: ImplicitWeight, numbers: Tensor) -> Margin:
+    return Margin.of(numbers, weight.matrix, lambda value: _like(weight, value))
+
+
+def _new_zeros(weight: ImplicitWeight, size: Any, **options: Any) -> Any:
+    rows, columns = weight.shape[0], weight.shape[-1]
+    if weight._cell.kernel or weight._transposed or tuple(size) not in ((rows, 1), (1, columns)):
+        return NotImplemented
+    return _margin(weight, torch.zeros(*size, dtype=weight.dtype, device=weight.device))
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -408,6 +444,9 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.to: _to,
     aten._to_copy: _to,
     aten.zeros_like: lambda weight, **_: _like(weight, weight.matrix.times(0.0)),
+    aten.full_like: _full,
+    aten.new_zeros: _new_zeros,
+    aten.ones_like: lambda weight, **_: _full(weight, 1.0),
     aten.neg: lambda weight: _mul(weight, -1.0),
     aten.add: _add,
     aten.sub: _sub,

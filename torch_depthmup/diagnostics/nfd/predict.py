@@ -18,8 +18,8 @@ from torch_depthmup.diagnostics.nfd.simulate import check_memory
 from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds_of
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import default_loss, own_random_state
-from torch_depthmup.errors import DepthMuPError
-from torch_depthmup.running import call, main_output
+from torch_depthmup.errors import DepthMuPError, DivergenceError
+from torch_depthmup.running import call, main_output, tensors_in
 
 __all__ = ["Prediction", "predict"]
 
@@ -79,9 +79,10 @@ def predict(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         targets: handed to the loss.
         width: of the model. Rows that a matrix is multiplied by in all steps together must be fewer than its columns.
-        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon; or `dm.SGD` or `dm.Muon`
-            after `dm.parametrize(model, ...)` in the same function. Adam, AdamW and Adafactor are refused: their steps
-            need each entry of a matrix.
+        optimizer: model -> optimizer: torch's SGD (momentum, nesterov, weight decay) or Muon, of low rank; or
+            Adam, AdamW, Adafactor and others that act on gradients entry by entry. These take a matrix's entries from
+            the gradients of all steps so far, for each product again: time grows like width^2 steps^2, memory does not.
+            Likewise `dm.SGD`, `dm.AdamW`, ... after `dm.parametrize(model, ...)` in the same function.
         steps: optimizer steps.
         loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
         probe: inputs on which a `FeatureMonitor` watches each step, for ``monitor.report(prediction=...)`` and
@@ -117,6 +118,7 @@ def predict(
             model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
             weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
             hidden = tuple(weights)
+            _check_least_memory(weights, inputs, steps)
             stepping = optimizer(model)
             before = {name: _asked(weight) for name, weight in weights.items()}
             monitor = None if probe is None else FeatureMonitor(model, _moved(probe, device, dtype))
@@ -136,6 +138,14 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) ->
     if isinstance(value, dict):
         return {key: _moved(item, device, dtype) for key, item in value.items()}
     return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, tuple | list) else value
+
+
+def _check_least_memory(weights: Mapping[str, ImplicitWeight], inputs: Any, steps: int) -> None:
+    """Before anything runs: each sample is at least one row of each matrix, in each pass."""
+    samples = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 1)
+    sizes = sum((w.matrix.start.rows + w.matrix.start.columns) * w.element_size() for w in weights.values())
+    device = next(iter(weights.values())).device
+    check_memory((2 * steps + 1) * samples * sizes, device, "Take fewer samples or steps, or less width")
 
 
 def _asked(weight: ImplicitWeight) -> int:
@@ -162,10 +172,10 @@ class _Run:
         watched = {name: _asked(weight) for name, weight in self.weights.items()}
         for step in range(self.steps + 1):
             with torch.set_grad_enabled(step < self.steps):
-                output = call(self.model, inputs)
+                output = self._output(inputs, step)
                 value = self.loss(output, targets)
             if not bool(torch.isfinite(value)):
-                raise DepthMuPError(f"the network diverged at step {step}: take a smaller learning rate")
+                raise DivergenceError(f"the network diverged at step {step}: take a smaller learning rate")
             values.append((main_output(output).detach().clone(), value.detach()))
             if step == 0:
                 self._make_room(watched)
@@ -179,13 +189,20 @@ class _Run:
             advance()
         return values
 
+    def _output(self, inputs: Any, step: int) -> Any:
+        try:
+            return call(self.model, inputs)
+        except Exception as error:  # whatever the user's code raises
+            if step or isinstance(error, DepthMuPError):
+                raise
+            raise DepthMuPError(f"the model of this width fails on the inputs: {error}") from error
+
     def _step(self) -> None:
         try:
             self.optimizer.step()
         except DepthMuPError as error:
             raise DepthMuPError(
-                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed. SGD (with momentum, "
-                f"nesterov, weight decay) and Muon can, whose steps have low rank: {error}"
+                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed: {error}"
             ) from error
 
     def _make_room(self, watched: Mapping[str, int]) -> None:
@@ -193,13 +210,14 @@ class _Run:
 
         Before it, `dm.parametrize` or a monitor may have asked too; the monitor asks as much again at each step.
         """
-        needed = 0
+        needed = largest = 0
         for name, weight in self.weights.items():
             start: GaussianMatrix = weight.matrix.start
             asked_by_probe, rows = watched[name] - self.before[name], _asked(weight) - self.before[name]
             rows = rows if self.monitor is None else max(rows - asked_by_probe, asked_by_probe // 2)
             queries = watched[name] + (2 * self.steps + 1) * rows + self.steps * asked_by_probe
-            needed += queries * (start.rows + start.columns) * weight.element_size()
+            own = queries * (start.rows + start.columns) * weight.element_size()
+            needed, largest = needed + own, max(largest, own)
             asked = self.before[name] + (self.steps + 1) * (rows + asked_by_probe // 2)
             least = min(start.rows, start.columns)
             if asked >= least:
@@ -209,7 +227,10 @@ class _Run:
                     "cheaper to train. Take fewer samples or steps, or a width at least "
                     f"{math.ceil((asked + 1) / least)} times as large"
                 )
-        check_memory(needed, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width")
+        # A product by entries holds the gradients' rows of all steps, of one matrix at a time.
+        check_memory(
+            needed + largest, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width"
+        )
         for name, weight in self.weights.items():
             for side in (weight.matrix.start.right_side, weight.matrix.start.left_side):
                 side.reserve(side.count + self.steps * (_asked(weight) - watched[name]))

@@ -27,11 +27,12 @@ Curve = dict[float, float]
 LENGTHS = (1.5, 2.5, 4.0, 7.0)  # over which curves bend, in steps of the grid
 SIZES = (0.5, 1.0, 2.0, 4.0)  # of curves, in standard deviations of the losses
 NOISES = (0.01, 0.03, 0.1, 0.2, 0.4, 0.8)  # of a run, likewise
-APART = (0.0, 1.0)  # how far seeds' curves differ smoothly, in units of the noise
+APART = (0.0, 1.0, 3.0, 8.0)  # how far seeds' curves differ smoothly, in units of the noise
 FREEDOM = 4.0  # of the Student distribution of a run's noise, which lets a run that went wrong count less
 FINE = 8  # places in a step of the grid where the curve is evaluated
 DRAWS = 400  # of the curve
-LIKELY = 12  # settings of the process that are drawn from
+LIKELY = 30  # settings of the process that are drawn from
+STUDENT = {2: 1.84, 3: 1.32, 4: 1.20, 5: 1.14}  # what holds 68 % of a mean of so few, in its standard errors; then 1.1
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
@@ -123,7 +124,7 @@ def _middle(curves: dict[int, Curve]) -> Curve:
 
 
 def _smallest_place(curves: dict[int, Curve], middle: Curve) -> Estimate:
-    """The median and half the central 68 % of where draws of the curve are smallest."""
+    """The median of where draws of the curve are smallest, and the standard error of `_error`."""
     generator = torch.Generator().manual_seed(0)
     lrs = [math.log2(lr) for lr in sorted(middle)]
     step = (lrs[-1] - lrs[0]) / (len(lrs) - 1)
@@ -139,8 +140,22 @@ def _smallest_place(curves: dict[int, Curve], middle: Curve) -> Estimate:
     allowed = places <= _cliffs(curves, last, end, generator)[:, None] + 1e-9
     found = places[draws.masked_fill(~allowed, math.inf).argmin(1)]
     found += (torch.rand(len(found), generator=generator, dtype=torch.float64) - 0.5) * step / FINE
-    low, value, high = found.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)).tolist()
-    return Estimate(value, (high - low) / 2)
+    each = places[process.each_seed(places / step).masked_fill(places > last + 1e-9, math.inf).argmin(1)]
+    return Estimate(float(found.median()), _error(found, each))
+
+
+def _error(found: Tensor, each: Tensor) -> float:
+    """A standard error that is not smaller than any of three tell.
+
+    Args:
+        found: where draws of the curve are smallest: their central 68 % and, where the tails are long, 95 %.
+        each: where each seed's own curve is: seeds that disagree do not know their mean better than this.
+    """
+    levels = torch.tensor([0.025, 0.16, 0.84, 0.975], dtype=torch.float64)
+    lowest, low, high, highest = found.quantile(levels).tolist()
+    seeds = len(each)
+    apart = STUDENT.get(seeds, 1.1) * float(each.std()) / math.sqrt(seeds) if seeds > 1 else 0.0
+    return max((high - low) / 2, (highest - lowest) / 4, apart)
 
 
 def _bounded(losses: Tensor, medians: Sequence[float]) -> Tensor:
@@ -184,6 +199,7 @@ class _Process:
         self.spoiled = torch.ones_like(y)
         for _ in range(3):
             self.spoiled = self._how_spoiled()
+        self.likelihood = self._likelihood()
 
     def _covariances(self, settings: Tensor) -> tuple[Tensor, Tensor]:
         """Of the curve, and of the runs, for each setting."""
@@ -210,7 +226,7 @@ class _Process:
 
     def draws(self, places: Tensor, generator: torch.Generator) -> Tensor:
         """Curves, up to a constant each, of shape (`DRAWS`, places)."""
-        weights = self._likelihood().softmax(0)
+        weights = self.likelihood.softmax(0)
         likely = weights.topk(LIKELY).indices
         counts = torch.multinomial(weights[likely], DRAWS, replacement=True, generator=generator).bincount(
             minlength=LIKELY
@@ -218,6 +234,16 @@ class _Process:
         return torch.cat(
             [self._drawn(self.settings[i], places, int(n), generator) for i, n in zip(likely, counts, strict=True) if n]
         )
+
+    def each_seed(self, places: Tensor) -> Tensor:
+        """The most likely curve of each seed, up to a constant each, of shape (seeds, places)."""
+        best = self.settings[self.likelihood.argmax()]
+        length, size, noise, apart = best
+        _, runs = (part[0] for part in self._covariances(best[None]))
+        shape = _matern((places[:, None] - self.x).abs() / length)
+        solved = torch.linalg.solve(runs, self.y)
+        own = (noise * apart) ** 2 * self.same.unique(dim=0)
+        return torch.stack([(size**2 + of_seed) * shape @ solved for of_seed in own])
 
     def _drawn(self, setting: Tensor, places: Tensor, count: int, generator: torch.Generator) -> Tensor:
         length, size = setting[0], setting[1]

@@ -33,7 +33,7 @@ from torch_depthmup.rules import Rule, get_rule
 from torch_depthmup.running import tensors_in
 from torch_depthmup.scaling.apply import parametrize
 
-__all__ = ["EXAMPLES", "transfer_sweep"]
+__all__ = ["EXAMPLES", "grid", "transfer_sweep"]
 
 EXAMPLES = 16  # samples that branches are found with
 
@@ -92,7 +92,7 @@ def transfer_sweep(
     0.1
     """
     named = {rule.label: rule for rule in map(get_rule, [rules] if isinstance(rules, str | Rule) else rules)}
-    jobs = _grid(depths, lrs, list(named), seeds)
+    jobs = grid(depths, lrs, list(named), seeds)
     if isinstance(train, tuple):
         train = Training(*checked_samples(train))
     if not callable(train):
@@ -116,10 +116,14 @@ def transfer_sweep(
     return Sweep(tuple(done[job] for job in jobs))
 
 
-def _grid(depths: Sequence[int], lrs: Sequence[float], rules: Sequence[str], seeds: int | Sequence[int]) -> list[Job]:
+def grid(depths: Sequence[int], lrs: Sequence[float], rules: Sequence[str], seeds: int | Sequence[int]) -> list[Job]:
+    """All runs of a sweep, the deepest first: the longest work last would leave the other workers idle.
+
+    Raises:
+        DepthMuPError: a list is empty, or holds something else.
+    """
     if not rules:
         raise DepthMuPError("a sweep needs at least one rule")
-    # Deep runs first: the longest work last would leave the other workers idle.
     deep_first = reversed(positive_integers("depths", depths))
     order = itertools.product(rules, deep_first, positive_numbers("lrs", lrs), seeds_of(seeds))
     return [Job(rule, depth, lr, seed) for rule, depth, lr, seed in order]
