@@ -72,8 +72,9 @@ def regrets(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     for key, curve in losses.items():
         paired = [there - least for there, least in zip(curve[tuned], curve[best[key]], strict=True)]
         error = statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else math.nan
+        bound = "<= " if best[key] == min(curve) else ">= " if best[key] == max(curve) else ""  # an end of the grid
         numbers = f"{statistics.fmean(curve[best[key]]):.4f}", f"{statistics.fmean(paired):.4f} ± {error:.4f}"
-        found.append([*key, f"2^{round(math.log2(best[key]))}", *numbers])
+        found.append([*key, f"{bound}2^{round(math.log2(best[key]))}", *numbers])
     return found
 
 
