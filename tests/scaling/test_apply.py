@@ -106,8 +106,8 @@ def test_a_branch_that_is_not_linear_in_its_carrier_is_refused_and_the_model_lef
 
 def test_a_wrong_multiplier_is_found_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     room = sys.modules["torch_depthmup.scaling.measuring"]
-    real = room._scaled
-    monkeypatch.setattr(room, "_scaled", lambda pairs: real([(parameter, m * 1.001) for parameter, m in pairs]))
+    real = room.scaled
+    monkeypatch.setattr(room, "scaled", lambda pairs: real([(parameter, m * 1.001) for parameter, m in pairs]))
     model = build(4)
     before = values(model)
     with pytest.raises(MeasurementError, match=r"blocks.0: the branch should be 0.5 times what it was, and is 0.5005"):

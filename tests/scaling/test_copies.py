@@ -92,6 +92,7 @@ def test_a_teacher_computes_what_its_student_does(kind: type[Twins], how) -> Non
         torch.testing.assert_close(model(X), kind(8, 32)(X))
 
 
+@pytest.mark.filterwarnings("ignore:the base is narrower and on the meta device")
 @pytest.mark.parametrize("how", ["fold", "wrap"])
 def test_a_teacher_is_scaled_when_a_plan_made_on_meta_is_applied(how) -> None:
     with torch.device("meta"):

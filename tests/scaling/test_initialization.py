@@ -157,7 +157,9 @@ def test_ratios_are_simple_powers_where_they_may_be() -> None:
 def test_sizes_are_those_of_pytorchs_default_where_values_look_like_it() -> None:
     layer = nn.Linear(64, 3)
     size = initial_size(layer.bias, 1 / 8)
-    assert size is not None and (size.size, size.error) == (1 / 8 / math.sqrt(3), 0)
+    assert size is not None and size.exact == 1 / 8 / math.sqrt(3) and size.error > 0
+    for other in (nn.init.uniform_(torch.empty(8), -0.03, 0.03), torch.full((3,), 0.2)):
+        assert initial_size(other, 1 / 8).exact is None  # type: ignore[union-attr]
     assert initial_size(torch.ones(4)).error == 0  # type: ignore[union-attr]
     assert initial_size(torch.ones(4, device="meta")) is None
 
@@ -167,3 +169,80 @@ def test_branch_sizes_must_differ_by_more_than_chance() -> None:
     assert forward_factor([0.98] * 8, [1.0] * 2, 4.0) == 1
     assert forward_factor([0.1, 5.0, 0.3, 2.0], [1.0, 9.0], 4.0) == 1
     assert forward_factor([], [1.0], 4.0) == 1
+
+
+def test_few_values_are_not_taken_for_another_size() -> None:
+    """Three or eight values stray by a half: what is not PyTorch's default in both is compared with its error."""
+    for seed in range(20):
+        models = []
+        for depth in (6, 2):
+            torch.manual_seed(seed + 100 * depth)
+            models.append(blocks.Stack(depth, blocks.PreNorm))
+            for name, parameter in models[-1].named_parameters():
+                if parameter.ndim == 1 and "norm" not in name:
+                    nn.init.uniform_(parameter, -0.1, 0.1)
+        plan = dm.plan(models[0], base=models[1], example_inputs=X)
+        assert {round(entry.scale / entry.folded, 6) for entry in plan.entries if entry.scale is not None} == {1.0}
+
+
+class DeepNorm(nn.Module):
+    """``norm(alpha x + f(x))`` with alpha = (2 L)^(1/4), and weights times (8 L)^(-1/4): arXiv 2203.00555, figure 2."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.f, self.norm = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), nn.LayerNorm(32)
+        self.alpha = (2 * depth) ** 0.25
+        for i in (0, 2):
+            nn.init.xavier_normal_(self.f[i].weight, gain=(8 * depth) ** -0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.alpha * x + self.f(x))
+
+
+@pytest.mark.parametrize("rule, wanted", [("depth-mup", -0.5), ("complete-p", -1.0)])
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+def test_what_deepnorm_has_of_the_multiplier_is_not_supplied_again(rule: str, wanted: float, how: str) -> None:
+    def net(depth: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 32), *[DeepNorm(depth) for _ in range(depth)], nn.Linear(32, 3))
+
+    plan = dm.parametrize(net(32), base=net(2), example_inputs=X, rule=rule, how=how)
+    branch = plan.planned_branches[0]
+    assert branch.forward == pytest.approx(16**-0.25)  # alpha, which stands on the skip
+    assert branch.initial == pytest.approx(16**-0.25)  # beta, in the outer weights
+    assert branch.supplied == pytest.approx(16 ** (wanted + 0.25))
+    assert plan["1.f.0.weight"].scale == pytest.approx(2)  # inner weights start as the base's
+
+
+def initialize(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+def test_a_base_on_meta_has_no_sizes_to_compare_with_unless_it_is_told_how_to_start() -> None:
+    model, real = network(4, 128), network(2, 32)
+    initialize(model)
+    initialize(real)
+    with torch.device("meta"):
+        base = plain(2, 32)
+    with pytest.warns(UserWarning, match="the sizes that its values start with are not known: .* Pass init="):
+        assert dm.plan(model, base=base, example_inputs=X, rule="mup")["1.a.1.weight"].scale == 1
+    state = torch.get_rng_state()
+    plan = dm.plan(model, base=base, example_inputs=X, rule="mup", init=initialize)
+    assert torch.equal(torch.get_rng_state(), state) and base[0].weight.is_meta
+    wanted = dm.plan(model, base=real, example_inputs=X, rule="mup")
+    assert plan["1.a.1.weight"].scale == 0.5
+    assert {e.name: e.scale for e in plan.entries} == {e.name: e.scale for e in wanted.entries}
+    with pytest.raises(dm.DepthMuPError, match=r"init= left 0.weight without values. Let it set every"):
+        dm.plan(model, base=base, example_inputs=X, rule="mup", init=lambda module: None)
+    with pytest.raises(dm.DepthMuPError, match="This base has values: leave init= out"):
+        dm.plan(model, base=real, example_inputs=X, rule="mup", init=initialize)
+
+
+def plain(depth: int, width: int) -> nn.Sequential:
+    body = [Branches(width, 1.0) for _ in range(depth)]
+    return nn.Sequential(nn.Linear(8, width), *body, nn.Linear(width, 3))

@@ -69,6 +69,7 @@ def test_tensor_parallel_parameters_are_scaled_and_trained_as_whole_ones() -> No
     assert losses[::2] == pytest.approx(losses[1::2], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the base is narrower and on the meta device")
 def test_seventy_billion_parameters_are_planned_without_being_allocated() -> None:
     transformers = pytest.importorskip("transformers")
 

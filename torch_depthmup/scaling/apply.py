@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import refuse_unequal
 from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, take_off
+from torch_depthmup.scaling.materialising import initialized
 from torch_depthmup.scaling.measuring import check_carried_out
 from torch_depthmup.scaling.plan import How, Plan
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
@@ -39,6 +40,7 @@ def parametrize(
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
     initialization: Initialization = "base",
+    init: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
     """Scales the residual branches of a freshly initialized model, in place, and plans its learning rates.
 
@@ -61,6 +63,8 @@ def parametrize(
         branches: name patterns or module classes that are declared to be branches.
         initialization: ``"base"`` takes initial values to the sizes that the base's have, as width and depth ask for,
             whatever the library's initialization is; ``"keep"`` leaves them alone and warns where they differ.
+        init: initializes a model in place, ``init(module)``. A base on ``meta`` has no sizes to compare with; given
+            this, a copy of it on the CPU gets some.
 
     Returns:
         The plan, found again by `plan_of`.
@@ -82,6 +86,7 @@ def parametrize(
     for name, parameter in model.named_parameters():
         _refuse_without_values(name, parameter)
     options = {"include": include, "exclude": exclude, "branches": branches}
+    base = base if init is None else initialized(base, init)
     seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
     plan = make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
     if any(entry.depth_multiplier != 1.0 or entry.scale != 1.0 for entry in plan.entries):

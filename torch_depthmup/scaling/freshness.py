@@ -77,7 +77,7 @@ def _outlier(weight: Tensor) -> float:
     matrix = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-30)
     matrix = matrix / matrix.norm(dim=0, keepdim=True).clamp_min(1e-30)
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    vector = vector.to(matrix.device)
+    vector = vector.to(matrix)
     for _ in range(ITERATIONS):
         vector = nn.functional.normalize(matrix.T @ (matrix @ vector), dim=0)
     rows, columns = matrix.shape

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torch_depthmup.running import number_of
 from torch_depthmup.scaling.plan import InitialSize
-from torch_depthmup.scaling.verify import entries, filled
+from torch_depthmup.scaling.verify import entries, filled, scaled
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
@@ -31,11 +31,14 @@ SURE = 4.0  # standard errors by which a size must miss a power before it is tak
 LEAST = 0.1  # spread of branch sizes, relative to them, that is always there: networks are of finite width
 SIGNIFICANT = 4.0  # standard errors by which branch sizes must differ ...
 FEW = 4.0  # ... and this share of it more for each degree of freedom that is missing
+RARE = 1e-4  # how seldom uniform values may all be as far from their bound as some are
+NORMAL = 3.0  # kurtosis of normal values
 ROUNDING = 1e-6  # spread, relative to the size, of values that are all the same
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
 POWERS = (
     ((0.0, 0.0),),
-    tuple(itertools.product((0.0, -0.5, 0.5), (0.0, 0.5))),
+    tuple(itertools.product((0.0, -0.5, 0.5), (0.0,))),
+    tuple(itertools.product((0.0, -0.5, 0.5), (0.5,))),
     tuple(itertools.product((0.0, -0.5, 0.5, -1.0, 1.0), (0.0, 0.25, 0.5, 1.0, -0.25, -0.5))),
 )
 """Exponents in the width and the depth multiplier of what a size lacks, the likely ones first: nothing; what one
@@ -62,7 +65,7 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
 
     Args:
         parameter: any shape.
-        bound: of PyTorch's default initialization. Values that look uniform up to it have its size, without an error.
+        bound: of PyTorch's default initialization. Values that look uniform up to it have its size too, exactly.
     """
     if parameter.is_meta or not parameter.numel() or not parameter.is_floating_point():
         return None
@@ -73,11 +76,19 @@ def initial_size(parameter: Tensor, bound: float | None = None) -> InitialSize |
     spread = number_of(torch.linalg.vector_norm(values - mean)) / math.sqrt(values.numel())
     if spread <= ROUNDING * size and values.numel() > 1 or size == 0:  # gains at 1, biases at 0
         return InitialSize(size, 0.0)
-    if bound is not None and not number_of((values.abs() > bound * 1.01).sum()):
-        uniform = bound / math.sqrt(3)
-        if abs(size / uniform - 1) < SURE * math.sqrt(0.2 / values.numel()):  # variance of a uniform value's square
-            return InitialSize(uniform, 0.0)
-    return InitialSize(size, math.sqrt(0.5 / values.numel()))  # of the log size of normal values
+    kurtosis = number_of(values.square().square().sum()) / values.numel() / size**4
+    error = math.sqrt((max(kurtosis, NORMAL) - 1) / 4 / values.numel())
+    is_uniform = bound is not None and _is_uniform(values, size, bound)
+    return InitialSize(size, error, bound / math.sqrt(3) if bound is not None and is_uniform else None)
+
+
+def _is_uniform(values: Tensor, size: float, bound: float) -> bool:
+    """Whether values may be uniform up to a bound: none lies beyond, the largest near it, and their size is right."""
+    count = values.numel()
+    largest = bound * RARE ** (1 / count)  # of independent values, all lie below with a chance of RARE
+    if number_of((values.abs() > bound * 1.01).sum()) or not number_of((values.abs() > largest).sum()):
+        return False
+    return abs(size * math.sqrt(3) / bound - 1) < SURE * math.sqrt(0.2 / count)  # variance of a uniform value's square
 
 
 def simplest(ratio: float, error: float, width_multiplier: float, depth_multiplier: float) -> tuple[float, float]:
@@ -112,6 +123,8 @@ def correction(
     if not known or width_multiplier == depth_multiplier == 1:
         return 1.0, 1.0
     # Several parameters of the model may be compared with one of the base, which counts once.
+    if all(size.exact is not None for pair in known for size in pair):  # both as by default, so nothing is chance
+        known = [(InitialSize(w.exact or 0.0, 0.0), InitialSize(h.exact or 0.0, 0.0)) for w, h in known]
     (wanted, wanted_error), (has, has_error) = _mean({w for w, _ in known}), _mean([h for _, h in known])
     error = math.hypot(wanted_error, has_error)
     return simplest(math.exp(wanted - has), error, width_multiplier, depth_multiplier)
@@ -148,16 +161,9 @@ def relative_sizes(
 
     inside = {name for branch in found.branches for name in (*branch.inner, *branch.outer)}
     parameters = dict(model.named_parameters())
-    changed = [(parameters[name], factor) for name, factor in (scales or {}).items() if factor != 1.0]
-    saved = [parameter.detach().clone() for parameter, _ in changed]
-    with torch.no_grad(), filled(parameters[name] for name in parameters if name in inside):
-        try:
-            for parameter, factor in changed:
-                parameter.mul_(factor)
-            run_metered(model, inputs, Meter(found, visit))
-        finally:
-            for (parameter, _), value in zip(changed, saved, strict=True):
-                parameter.copy_(value)
+    factors = [(parameters[name], factor) for name, factor in (scales or {}).items()]
+    with torch.no_grad(), filled(parameters[name] for name in parameters if name in inside), scaled(factors):
+        run_metered(model, inputs, Meter(found, visit))
     return sizes
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from torch_depthmup.scaling.hooks import branch_hooks, hooked, targets
 from torch_depthmup.scaling.plan import Hook, Plan
 from torch_depthmup.scaling.planning import Seen
 from torch_depthmup.scaling.refusals import OWN_MODULE, can_fold, can_wrap, leave_alone, used_elsewhere
-from torch_depthmup.scaling.verify import Differences, Measured, differences, measured
+from torch_depthmup.scaling.verify import Differences, Measured, differences, measured, scaled
 
 __all__ = ["check_carried_out"]
 
@@ -42,11 +41,11 @@ def _with(
     seen: Seen,
     before: Measured,
     multipliers: Sequence[float],
-    scaled: Iterable[tuple[Tensor, float]],
+    multiplied: Iterable[tuple[Tensor, float]],
     hung: Sequence[Hook],
 ) -> Differences:
     """What differs from what these multipliers should do, with them in weights or on modules."""
-    with _scaled(list(scaled)), hooked(model, hung):
+    with scaled(multiplied), hooked(model, hung):
         return differences(model, seen.inputs, seen.found, before, multipliers)
 
 
@@ -92,25 +91,12 @@ def _other_way(model: nn.Module, plan: Plan, seen: Seen, before: Measured) -> st
     found, planned = seen.found, plan.planned_branches
     multipliers = [branch.supplied for branch in planned]
     parameters = dict(model.named_parameters())
-    scaled: dict[str, tuple[Tensor, float]] = {}
+    folded: dict[str, tuple[Tensor, float]] = {}
     hung: tuple[Hook, ...] = ()
     if plan.how == "fold" and can_wrap(model, planned, found):
         hung = branch_hooks(model, planned, found)
     elif plan.how == "wrap" and can_fold(planned, found):
-        scaled = {name: (parameters[name], p.supplied) for p in planned for name in p.branch.carrier}
-    if (hung or scaled) and not _with(model, seen, before, multipliers, scaled.values(), hung):
+        folded = {name: (parameters[name], p.supplied) for p in planned for name in p.branch.carrier}
+    if (hung or folded) and not _with(model, seen, before, multipliers, folded.values(), hung):
         return f"Write how={'wrap' if hung else 'fold'!r}"
     return OWN_MODULE
-
-
-@contextlib.contextmanager
-def _scaled(parameters: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
-    """Parameters times their multipliers, for as long as the branches are measured."""
-    saved = [parameter.detach().clone() for parameter, _ in parameters]
-    try:
-        for parameter, m in parameters:
-            parameter.mul_(m)
-        yield
-    finally:
-        for (parameter, _), value in zip(parameters, saved, strict=True):
-            parameter.copy_(value)

@@ -82,10 +82,12 @@ class InitialSize:
     Args:
         size: the root mean square.
         error: standard error of its logarithm, since the values are random.
+        exact: the size of what they were drawn from, where they look like PyTorch's default.
     """
 
     size: float
     error: float
+    exact: float | None = None
 
 
 @dataclass(frozen=True)

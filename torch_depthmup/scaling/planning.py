@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
+from torch_depthmup.scaling.heads import with_head_sizes
 from torch_depthmup.scaling.initialization import (
     correction,
     default_bounds,
@@ -23,8 +24,9 @@ from torch_depthmup.scaling.initialization import (
     relative_sizes,
 )
 from torch_depthmup.scaling.matching import counterparts
+from torch_depthmup.scaling.materialising import initialized, warn_without_sizes
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
-from torch_depthmup.scaling.readouts import with_readouts
+from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, with_readouts
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
@@ -62,6 +64,7 @@ def plan(
     exclude: Sequence[Pattern] | Pattern | None = None,
     branches: Sequence[Pattern] | Pattern | None = None,
     initialization: Initialization = "base",
+    init: Callable[[nn.Module], object] | None = None,
 ) -> Plan:
     """The plan that `parametrize` would carry out. Changes nothing, and works on ``meta``; arguments as there.
 
@@ -82,6 +85,7 @@ def plan(
         TracingError: the branches cannot be read off the forward pass; AmbiguousBranchError names one.
     """
     options = {"include": include, "exclude": exclude, "branches": branches}
+    base = base if init is None else initialized(base, init)
     seen, other = look(model, base, depth_multiplier, example_inputs, get_rule(rule), options)
     return make_plan(seen, other, depth_multiplier, get_rule(rule), how, initialization)
 
@@ -190,6 +194,8 @@ def make_plan(
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found, copies)
     entries = _entries(seen, base, rule, streams, copies)
+    if base is not None and any(entry.width is not None and entry.width.widths for entry in entries):
+        warn_without_sizes(base.model)
     trained = {name for name, parameter in seen.model.named_parameters() if parameter.requires_grad}
     multipliers = [rule.branch_multiplier(streams[b.stream].depth_multiplier) for b in found.branches]
     planned = tuple(
@@ -202,12 +208,28 @@ def make_plan(
     if how == "fold":
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
         entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
-    entries, hung = with_readouts(seen.model, found, entries, copies)
+    if base is not None and any(entry.width is not None for entry in entries):
+        base_names = [name for name, _ in base.model.named_parameters()]
+        entries = with_head_sizes(found, base.found, base_names, entries)
+    entries, hung = with_readouts(seen.model, found, entries, copies, _missing_powers(seen, base, entries))
     if how == "wrap":
         hung = (*hooks.branch_hooks(seen.model, planned, found), *hung)
     entries, hung = scaled_as_originals(entries, hung, copies, found.reached)
     made = Plan(rule, how, streams, planned, tuple(entries), hung, copies, found.left_alone)
     return resolve(made, seen.model, keep=initialization == "keep")
+
+
+def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedParameter]) -> dict[str, float]:
+    """Of each readout's 1 / width_mult what the forward pass lacks; nothing is known without values."""
+    if base is None or seen.inputs is None:
+        return {}
+    if not (seen.has_values and base.has_values):
+        refuse_computed(seen.found, entries)
+        return {}
+    factors = {name: width * depth for name, (width, depth) in _corrections(entries, seen.model).items()}
+    with widths.shaped(seen.model), widths.shaped(base.model):
+        pair = (seen.model, seen.inputs), (base.model, base.inputs)
+        return missing_powers(*pair, seen.found, base.found, entries, factors)
 
 
 def _is_frozen(branch: Branch, trained: set[str], copies: Sequence[Copy]) -> bool:
@@ -304,7 +326,8 @@ def _wanted_sizes(
         size = initial_size(theirs[other.name], bounds.get(other.name))
         if size is not None:
             factor = 1.0 if width is None else width.multiplier**width.size_exponent
-            sizes[name] = InitialSize(size.size * factor, size.error)
+            exact = None if size.exact is None else size.exact * factor
+            sizes[name] = InitialSize(size.size * factor, size.error, exact)
     return sizes, kinds
 
 

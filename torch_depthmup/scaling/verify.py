@@ -21,7 +21,7 @@ from torch_depthmup.running import tensors_in
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["Differences", "Measured", "differences", "entries", "filled", "measured"]
+__all__ = ["Differences", "Measured", "differences", "entries", "filled", "measured", "scaled"]
 
 ROUNDING = 100  # tolerance in units of the dtype's rounding error
 COARSEST = 0.05  # and never coarser than this, which a forgotten multiplier exceeds
@@ -41,6 +41,22 @@ def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter in zero.values():
             parameter.zero_()
+
+
+@contextlib.contextmanager
+def scaled(parameters: Iterable[tuple[Tensor, float]]) -> Iterator[None]:
+    """Temporary factors on parameters; their values come back as they were."""
+    changed = [(parameter, factor) for parameter, factor in parameters if factor != 1.0]
+    saved = [parameter.detach().clone() for parameter, _ in changed]
+    with torch.no_grad():
+        try:
+            for parameter, factor in changed:
+                parameter.mul_(factor)
+            with torch.enable_grad():
+                yield
+        finally:
+            for (parameter, _), value in zip(changed, saved, strict=True):
+                parameter.copy_(value)
 
 
 @dataclass(frozen=True)

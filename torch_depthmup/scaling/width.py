@@ -73,20 +73,29 @@ def match(model: nn.Module, base: nn.Module, found: Trace, base_found: Trace) ->
     widths = {}
     for name, dims in ours.items():
         base_dims = _base_dims(name, dims, others[name], shapes)
-        wide = [i for i, (dim, base_dim) in enumerate(zip(dims, base_dims, strict=True)) if dim != base_dim]
         other = others[name]
         assert other is not None
+        uses = found.uses.get(name, ()), base_uses.get(other.name, ())
+        wide = [
+            i
+            for i, (dim, base_dim) in enumerate(zip(dims, base_dims, strict=True))
+            if dim != base_dim and not _counts_blocks(dim, base_dim, len(uses[0]), len(uses[1]))
+        ]
         if any(dims[i] / base_dims[i] not in ratios for i in wide):
             raise PlanError(
                 f"{name} {dims} would be measured against {other.name} {base_dims} of the base, a block of "
                 "another shape. Give the base at least one more block in this stage"
             )
-        uses = found.uses.get(name, ()), base_uses.get(other.name, ())
         summed = _summed(name, (dims, base_dims), wide, uses) if wide else None
         normalised = all(use.is_normalised for use in uses[0] if use.is_weight_operation)
         bases = tuple(b if i in wide else None for i, b in enumerate(base_dims))
         widths[name] = Width(dims, bases, summed, normalised and summed is not None)
     return widths
+
+
+def _counts_blocks(dim: int, base_dim: int, uses: int, base_uses: int) -> bool:
+    """Whether a dimension is as long as the network is deep: each of its entries is used as often as in the base."""
+    return uses != base_uses and uses % dim == base_uses % base_dim == 0 and uses * base_dim == base_uses * dim
 
 
 def _base_dims(name: str, dims: Shape, other: Counterpart | None, shapes: Mapping[str, Shape]) -> Shape:
@@ -118,14 +127,26 @@ def _summed(
             )
         return 1 if len(wide) > 1 and not operations else None  # not reached: torch's own order
     for sizes, use in known:
+        taken, given = _channels(use, len(sizes)), _channels(use, len(sizes), given=True)
         for index in wide:
-            score[index] += use.taken.count(sizes[index]) - use.given.count(sizes[index])
+            score[index] += taken.count(sizes[index]) - given.count(sizes[index])
+    if sum(size > 0 for size in score.values()) > 1 and all(use.operands > 1 for _, use in known):
+        raise PlanError(
+            f"{name} {dims[0]} sums over two widths at once (nn.Bilinear of two wide inputs), for which mup has no "
+            "rule. Project one of the two to a fixed size first, or keep the base as wide as the model here"
+        )
     best = max(wide, key=lambda index: score[index])
     if score[best] > 0:
         return best
     if 1 in wide and (len(wide) > 1 or score[1] == 0):
         return 1
     return None
+
+
+def _channels(use: Use, ndim: int, *, given: bool = False) -> Shape:
+    """The sizes that tell widths from others: of a convolution, whose stride changes pictures, the channels only."""
+    shape = use.given if given else use.taken
+    return shape[1 - ndim : 2 - ndim or None] if use.kind is Kind.CONVOLUTION and len(shape) >= ndim - 1 else shape
 
 
 def mup_readouts(model: nn.Module) -> set[str]:

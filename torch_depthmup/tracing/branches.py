@@ -20,6 +20,7 @@ from torch_depthmup.modules import Residual
 from torch_depthmup.running import unwrap, without_numbers
 from torch_depthmup.tables import COLUMNS, Table, columns, fold_names
 from torch_depthmup.tracing.additions import Reason, ResidualAddition, residual_additions
+from torch_depthmup.tracing.attention import Attention, attentions_of
 from torch_depthmup.tracing.choosing import (
     Pattern,
     declared_nodes,
@@ -179,6 +180,7 @@ class Trace:
         loose: matrices that weight operations outside all branches and shortcuts use, but for modules that the user has
             excluded.
         uses: what the network does with each parameter.
+        attentions: of the network, in forward order.
         trunk: the parameters of norms on a residual stream itself, with the stream.
         functions: names of the user's autograd Functions, which may hide sums.
         left_alone: all other sums, with the reason for each kind.
@@ -190,6 +192,7 @@ class Trace:
     reached: frozenset[str] = frozenset()
     loose: frozenset[str] = frozenset()
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
+    attentions: tuple[Attention, ...] = ()
     trunk: Mapping[str, int] = field(default_factory=dict)
     functions: tuple[str, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
@@ -376,6 +379,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         shared=shared,
         reached=frozenset().union(*(node.weights for node in graph.nodes)),
         uses=uses_of(graph),
+        attentions=attentions_of(graph),
         functions=tuple(dict.fromkeys(node.function for node in graph.nodes if node.function)),
         trunk=trunk_parameters(
             graph,

@@ -48,6 +48,7 @@ class Node:
         is_scalar: whether its value is a single number.
         shape: of its value.
         function: the name of the user's autograd Function, if it is one.
+        factor: the number that it multiplies its operand with; 1 where there is none, or where it cannot be seen.
     """
 
     kind: Kind
@@ -62,6 +63,7 @@ class Node:
     is_scalar: bool
     shape: tuple[int, ...] = ()
     function: str = ""
+    factor: float = 1.0
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -327,12 +329,35 @@ def _node(
         is_scalar=bool(shapes) and not any(shapes),
         shape=shapes[0] if shapes else (),
         function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
+        factor=_factor(kind, autograd_node),
     )
 
 
 def _function(name: str) -> str:
     """What the user calls the Function, or the operator of ``torch.library``, that this node belongs to."""
     return name.removeprefix("GeneratedBackwardFor_").removesuffix("_default").removesuffix("Backward")
+
+
+def _factor(kind: Kind, autograd_node: Any) -> float:
+    """The number that a node multiplies with, as autograd keeps it; of fused attention the scale of its scores."""
+    if kind is Kind.ATTENTION:
+        scale = getattr(autograd_node, "_saved_scale", None)
+        query = getattr(autograd_node, "_saved_query", None)
+        return float(scale) if scale is not None else 1.0 if query is None else query.shape[-1] ** -0.5
+    if kind is Kind.MATRIX_PRODUCT:
+        return float(getattr(autograd_node, "_saved_alpha", 1.0) or 1.0)
+    if kind not in (Kind.MULTIPLY, Kind.DIVIDE):
+        return 1.0
+    first_is_constant = autograd_node.next_functions[0][0] is None
+    saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
+    if (
+        isinstance(saved, torch.Tensor)
+        and (saved.ndim or saved.is_meta)
+        or not isinstance(saved, torch.Tensor | float | int)
+    ):
+        return 1.0
+    number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
+    return 1 / number if kind is Kind.DIVIDE and number else number
 
 
 def _multiplies_constant(kind: Kind, inputs: tuple[int, ...]) -> bool:

@@ -35,6 +35,8 @@ class Kind(enum.Enum):
     LINEAR = "otherwise linear in its one operand"
     HOMOGENEOUS = "not linear, but commutes with a positive factor: f(m x) = m f(x)"
     MAX_POOL = "takes largest values: not linear, but commutes with a positive factor, and no activation"
+    SOFTMAX = "a softmax, which makes weights of attention scores"
+    ATTENTION = "fused attention: queries, keys and values in one operation"
     CHECKPOINT = "re-entrant gradient checkpointing, which hides what it runs"
     OTHER = "anything else, taken for nonlinear"
 
@@ -98,6 +100,8 @@ _NAMES: tuple[tuple[Kind, str], ...] = (
     (Kind.FOURIER, r"Fft(R2C|C2R|C2C)Backward\d*"),
     (Kind.LINEAR, rf"({_LINEAR}){_SUFFIX}|CopySlices"),
     (Kind.HOMOGENEOUS, r"(Relu|LeakyRelu|Threshold|Abs)Backward\d*"),
+    (Kind.SOFTMAX, r"_?(Safe)?Softmax(Data)?Backward\d*"),
+    (Kind.ATTENTION, r"_?ScaledDotProduct\w+Backward\d*"),
     (Kind.MAX_POOL, r"(MaxPool\w*|AdaptiveMaxPool\w*|Amax|Max)Backward\d*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _NAMES)

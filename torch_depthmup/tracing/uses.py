@@ -19,8 +19,10 @@ class Use:
         kind: what the operation does.
         taken: shape of the data that it takes; empty where that is a constant or a lookup.
         given: shape of its value.
+        operands: how many data it takes: 2 for a bilinear layer.
         is_weight_operation: whether it is a matrix product, a convolution or the like.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
+        is_last: whether no weight operation follows.
         is_normalised: whether its value goes through a fused norm before anything that is not linear.
         modules: the modules that return its value, up to linear operations, as (name, which of its outputs).
         partners: the other parameters that are added to the value on its way out of these modules.
@@ -29,8 +31,10 @@ class Use:
     kind: Kind
     taken: tuple[int, ...]
     given: tuple[int, ...]
+    operands: int
     is_weight_operation: bool
     is_direct: bool
+    is_last: bool
     is_normalised: bool
     modules: tuple[tuple[str, int], ...]
     partners: tuple[str, ...]
@@ -44,6 +48,7 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
             for output, at in enumerate(outputs):
                 returned.setdefault(at, []).append((module, output))
     uses: dict[str, list[Use]] = {}
+    last = _without_followers(graph)
     for i, node in enumerate(graph.nodes):
         weights = graph.weight_inputs(i) if node.is_data else []
         if not weights:
@@ -58,14 +63,25 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     kind=node.kind,
                     taken=graph.nodes[data[0]].shape if data else (),
                     given=node.shape,
+                    operands=len(data),
                     is_weight_operation=node.is_weight_operation,
                     is_direct=graph.nodes[j].is_direct,
+                    is_last=i in last,
                     is_normalised=is_normalised,
                     modules=modules,
                     partners=(*others, *partners),
                 )
                 uses.setdefault(name, []).append(use)
     return {name: tuple(found) for name, found in uses.items()}
+
+
+def _without_followers(graph: Graph) -> frozenset[int]:
+    """The nodes after which no weight operation comes."""
+    found: set[int] = set()
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        if all(j in found and not graph.nodes[j].is_weight_operation for j in graph.consumers[i]):
+            found.add(i)
+    return frozenset(found)
 
 
 def _afterwards(

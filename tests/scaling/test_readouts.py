@@ -1,0 +1,160 @@
+"""Readouts in any form: what the graph does with widths decides, and what is measured is what is supplied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from blocks import PreNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import torch_depthmup as dm
+from torch_depthmup.errors import PlanError
+from torch_depthmup.scaling.responses import Ratio, missing_power
+
+BASE, WORDS = 16, 12
+TOKENS = torch.randint(WORDS, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+class Reader(nn.Module):
+    """Tokens -> two blocks -> a norm -> a head that ``read(self, h)`` applies."""
+
+    def __init__(self, width: int, head: Callable[[int], nn.Module], read: Callable[[Reader, Tensor], Tensor]):
+        super().__init__()
+        self.width, self.read = width, read
+        self.stem, self.body = nn.Embedding(WORDS, width), nn.Sequential(PreNorm(width), PreNorm(width))
+        self.norm, self.head = nn.LayerNorm(width), head(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.read(self, self.norm(self.body(self.stem(tokens))))
+
+
+class Matrix(nn.Module):
+    """A parameter of its own, with a gain for each row."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(WORDS, width) / math.sqrt(width)), nn.Parameter(torch.ones(WORDS, 1))
+
+
+def called(model: Reader, h: Tensor) -> Tensor:
+    return model.head(h)
+
+
+def linear(width: int) -> nn.Module:
+    return nn.Linear(width, WORDS)
+
+
+HEADS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Reader, Tensor], Tensor], float]] = {
+    "linear": (linear, called, 1),
+    "a convolution": (
+        lambda n: nn.Conv1d(n, WORDS, 1),
+        lambda model, h: model.head(h.transpose(1, 2)).transpose(1, 2),
+        1,
+    ),
+    "a transposed convolution": (
+        lambda n: nn.ConvTranspose1d(n, WORDS, 1),
+        lambda model, h: model.head(h.transpose(1, 2)).transpose(1, 2),
+        1,
+    ),
+    "a parameter": (Matrix, lambda model, h: torch.einsum("btn,kn->btk", h, model.head.v), 1),
+    "tied by function": (nn.Identity, lambda model, h: F.linear(h, model.stem.weight), 1),
+    "weight norm": (lambda n: parametrizations.weight_norm(nn.Linear(n, WORDS)), called, 0.5),
+    "weight norm of a convolution": (
+        lambda n: parametrizations.weight_norm(nn.Conv1d(n, WORDS, 1)),
+        lambda model, h: model.head(h.transpose(1, 2)).transpose(1, 2),
+        0.5,
+    ),
+    "old weight norm": (lambda n: nn.utils.weight_norm(nn.Linear(n, WORDS)), called, 0.5),
+    "weight norm by hand": (
+        Matrix,
+        lambda model, h: h @ (model.head.g * model.head.v / model.head.v.norm(dim=1, keepdim=True)).T,
+        0.5,
+    ),
+    "spectral norm": (lambda n: parametrizations.spectral_norm(nn.Linear(n, WORDS)), called, 0.5),
+    "cosines": (Matrix, lambda model, h: 2 * F.linear(F.normalize(h, dim=-1), F.normalize(model.head.v, dim=-1)), 0),
+    "MiniCPM's": (linear, lambda model, h: model.head(h / (model.width / BASE)), 0),
+    "logits times base / width": (linear, lambda model, h: model.head(h) * (BASE / model.width), 0),
+    "a weight over the width": (linear, lambda model, h: F.linear(h, model.head.weight / model.width), 0),
+    "logits over the root of the width": (linear, lambda model, h: model.head(h) / math.sqrt(model.width), 0.5),
+    "tied, with logits times base / width": (
+        nn.Identity,
+        lambda model, h: F.linear(h, model.stem.weight) * (BASE / model.width),
+        0,
+    ),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+
+
+def reader(kind: str, width: int, seed: int = 0) -> Reader:
+    torch.manual_seed(seed)
+    return Reader(width, *HEADS[kind][:2])
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_readout_gets_what_of_its_multiplier_is_missing(kind: str, how: str) -> None:
+    model = reader(kind, 4 * BASE)
+    plan = dm.parametrize(model, base=reader(kind, BASE), example_inputs=TOKENS, rule="mup", how=how)
+    (entry,) = [entry for entry in plan.entries if entry.width is not None and entry.width.kind == "readout"]
+    hung = math.prod(hook.multiplier for hook in plan.hooks if hook.branch is None)
+    assert entry.folded * hung == pytest.approx(4 ** -HEADS[kind][2])
+    assert ("of it is there already" in plan.explain(entry.name)) == (HEADS[kind][2] < 1)
+
+
+def moved(kind: str, width: int, seed: int, optimizer: Callable[..., torch.optim.Optimizer], lr: float) -> float:
+    """How far six steps move the outputs."""
+    model = reader(kind, width, seed).eval()  # spectral norm looks for its direction while training
+    dm.parametrize(model, base=reader(kind, BASE, seed), example_inputs=TOKENS, rule="mup")
+    stepping = optimizer(model.parameters(), lr=lr)
+    before = model(TOKENS).detach()
+    for _ in range(6):
+        stepping.zero_grad()
+        F.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flip(1).flatten()).backward()
+        stepping.step()
+    return float((model(TOKENS).detach() - before).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("optimizer, lr", [(dm.Adam, 1e-3), (dm.SGD, 1e-3)])
+@pytest.mark.parametrize(
+    "kind", ["linear", "weight norm", "spectral norm", "cosines", "MiniCPM's", "a weight over the width"]
+)
+def test_outputs_move_alike_at_every_width(
+    kind: str, optimizer: Callable[..., torch.optim.Optimizer], lr: float
+) -> None:
+    small, large = (sum(moved(kind, n, seed, optimizer, lr) for seed in range(3)) for n in (BASE, 8 * BASE))
+    assert abs(math.log(large / small) / math.log(8)) < 0.17  # a factor 1 / sqrt(width) too much or too little is 0.5
+
+
+def test_hidden_weight_norm_scales_directions_as_a_matrix_and_gains_as_a_vector() -> None:
+    def net(width: int) -> nn.Module:
+        torch.manual_seed(0)
+        block = PreNorm(width)
+        parametrizations.weight_norm(block.fc1)
+        return nn.Sequential(nn.Linear(8, width), block, nn.Linear(width, 3))
+
+    plan = dm.parametrize(net(64), base=net(16), example_inputs=torch.ones(2, 8), rule="mup")
+    gain, direction = (plan[f"1.fc1.parametrizations.weight.original{i}"] for i in (0, 1))
+    assert gain.width is not None and gain.width.kind == "vector" and gain.scale == 1
+    assert direction.width is not None and direction.width.kind == "hidden"
+    assert plan.multipliers(direction.name, "adam").lr == 1 / 4 and plan.multipliers(gain.name, "adam").lr == 1
+
+
+@pytest.mark.filterwarnings("ignore:the base is narrower and on the meta device")
+def test_a_computed_readout_needs_values_to_be_planned_and_a_plain_one_does_not() -> None:
+    with torch.device("meta"):
+        weight_normed = reader("weight norm", 64), reader("weight norm", BASE)
+        plain = reader("linear", 64), reader("linear", BASE)
+    with pytest.raises(PlanError, match=r"head\..* is computed from it .* Build model and base on a real device"):
+        dm.plan(weight_normed[0], base=weight_normed[1], example_inputs=TOKENS, rule="mup")
+    assert dm.plan(plain[0], base=plain[1], example_inputs=TOKENS, rule="mup")["head.weight"].folded == 1 / 4
+
+
+def test_a_ratio_that_chance_explains_is_none() -> None:
+    assert missing_power(Ratio(1.1, 0.05), 4) == 0 and missing_power(Ratio(2.1, 0.05), 4) == 0.5
+    assert missing_power(Ratio(2.1, 0.3), 4) == 1 and missing_power(Ratio(2.1, 0.3), 4, is_plain=False) == 0.5
+    assert missing_power(Ratio(40.0, 0.1), 4) == 1 and missing_power(Ratio(math.nan, 0.1), 4) == 1
