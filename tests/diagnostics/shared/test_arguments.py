@@ -64,7 +64,7 @@ def test_samples_may_be_a_tensor_or_hold_several(inputs) -> None:
         ),
         (lambda: checked_samples((X, 3)), "with a tensor of targets"),
         (lambda: checked_samples(({}, Y)), "the inputs hold no tensor"),
-        (lambda: checked_samples((X[:0], Y[:0])), "equally many samples, not [0]"),
+        (lambda: checked_samples((X[:0], Y[:0])), "there are no samples in it"),
         (
             lambda: checked_samples((X, Y[:3]), "net:data"),
             "net:data: inputs and targets must have equally many samples",
