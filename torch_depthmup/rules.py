@@ -33,6 +33,8 @@ __all__ = [
     "get_family",
     "get_rule",
     "predicted_slopes",
+    "readout_multiplier",
+    "scores_multiplier",
     "width_multipliers",
 ]
 
@@ -420,6 +422,22 @@ def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust
         lr = _muon_width(width, adjust_lr)
     eps = _power(width.multiplier, rule.eps_width) if family.normalised else 1.0
     return Multipliers(lr=lr, weight_decay=1 / lr, eps=eps)
+
+
+def readout_multiplier(width_multiplier: float, power: float = 1.0) -> float:
+    """What multiplies the product of a weight that reads out of a width; ``power`` of it is not there already.
+
+    Source: arXiv 2203.03466, table 8.
+    """
+    return width_multiplier**-power
+
+
+def scores_multiplier(head_size: int, base_head_size: int) -> float:
+    """What attention scores are multiplied by, beside the base's factor, where heads are larger than the base's.
+
+    Source: arXiv 2203.03466, definition 4.1 (1/d attention).
+    """
+    return base_head_size / head_size
 
 
 def _muon_width(width: Width, adjust_lr: str | None) -> float:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from torch_depthmup.rules import scores_multiplier
 from torch_depthmup.running import normalise_name
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import PlannedParameter
@@ -35,7 +36,7 @@ def with_head_sizes(
         base = next((theirs[other.name] for other in names if other is not None and other.name in theirs), None)
         if base is None or base.size == attention.size or attention.is_unit:
             continue
-        missing = base.factor * base.size / attention.size / attention.factor
+        missing = base.factor * scores_multiplier(attention.size, base.size) / attention.factor
         if abs(missing - 1) < 1e-6:
             continue
         if not attention.is_own or any(len(found.uses.get(name, ())) != 1 for name in attention.query):
@@ -54,11 +55,12 @@ def with_head_sizes(
 def _warn(unmet: Sequence[tuple[Attention, Attention, float]]) -> None:
     attention, base, missing = unmet[0]
     where = ", ".join((*attention.query, *attention.key)[:2]) or "an attention without weights of its own"
-    kept = base.factor * base.size
+    wanted = base.factor * scores_multiplier(attention.size, base.size)
+    kept = wanted * attention.size  # what stands over the head size
     warnings.warn(
         f"{len(unmet)} attentions have heads of another size than the base ({where}: {attention.size}, base "
         f"{base.size}), and width asks for scores of 1 / head size: {missing:.4g} of it is missing, and no parameter "
-        f"makes queries alone that could carry it. Multiply scores by {kept / attention.size:.4g} (scale={kept:.4g} / "
+        f"makes queries alone that could carry it. Multiply scores by {wanted:.4g} (scale={kept:.4g} / "
         "head_dim, which is the base's own at its head size), or keep the head size and give the model more heads",
         UserWarning,
         stacklevel=5,

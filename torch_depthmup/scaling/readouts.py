@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_depthmup.errors import PlanError
+from torch_depthmup.rules import readout_multiplier
 from torch_depthmup.running import normalise_name
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied
@@ -107,8 +108,9 @@ def with_readouts(
         if entry.name in frozen and copied(entry.name, copies) is None:
             continue
         power = missing.get(entry.name, 1.0)
-        multiplier = entry.width.multiplier**-power
-        there = "" if power == 1 else f" ({entry.width.multiplier ** (power - 1):.4g} of it is there already)"
+        multiplier = readout_multiplier(entry.width.multiplier, power)
+        present = readout_multiplier(entry.width.multiplier, 1 - power)
+        there = "" if power == 1 else f" ({present:.4g} of it is there already)"
         entry = replace(changed[entry.name], reason=f"{entry.reason}; a readout{there}")
         changed[entry.name] = entry
         if multiplier == 1:
