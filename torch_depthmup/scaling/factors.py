@@ -70,8 +70,8 @@ def _ratio(entry: PlannedParameter, uses: Sequence[Use], base_uses: Sequence[Use
         return 1.0
     both = [", ".join(f"{factor:.4g}" for factor in group) for group in (ours, theirs)]
     raise PlanError(
-        f"{entry.name} is used in several places that multiply it by {both[0]}, in the base by {both[1]}, so that no one "
-        "size and learning rate is right. Multiply it alike everywhere, or keep the base as wide as the model here"
+        f"{entry.name} is used in several places that multiply it by {both[0]}, in the base by {both[1]}, so that no "
+        "one size and learning rate is right. Multiply it alike everywhere, or keep the base as wide as the model here"
     )
 
 
@@ -92,9 +92,9 @@ def warn_unseen(names: Sequence[str]) -> None:
     """Says of parameters what cannot be seen on ``meta``."""
     named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     warnings.warn(
-        f"what the forward pass multiplies {named} with is a tensor, whose number cannot be seen on the meta device: it "
-        "is taken for the same as in the base. If it goes with the width (a root of it on embeddings, say), build model "
-        "and base on a real device to plan, or write it as a Python number",
+        f"what the forward pass multiplies {named} with is a tensor, whose number cannot be seen on the meta device: "
+        "it is taken for the same as in the base. If it goes with the width (a root of it on embeddings, say), build "
+        "model and base on a real device to plan, or write it as a Python number",
         UserWarning,
         stacklevel=5,
     )
