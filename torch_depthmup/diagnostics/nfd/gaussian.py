@@ -28,6 +28,7 @@ Side = Literal["right", "left"]
 
 ROUNDING = 100  # times eps: what is left of a query, relative to it, that is rounding and no new direction
 MOSTLY_NEW = 0.1  # share of a query off the basis above which one Gram-Schmidt pass is as good as ten times rounding
+ROUNDED = torch.float16  # noise is rounded to it: 11 bits, which change its variance by less than 1e-7 of it
 SPREAD = 1e-2  # directions are made orthonormal together down to this ratio of their Gram matrix's eigenvalues
 
 
@@ -96,8 +97,9 @@ class _Last:
 class _Side:
     """Orthonormal queries from one side, as rows (seeds, queries, size), and what the matrix answers to them.
 
-    The answers are ``noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
-    earlier products from the other side. Kept apart, a product needs the other side's queries once.
+    The answers are ``std noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
+    earlier products from the other side. Kept apart, a product needs the other side's queries once, and noise takes
+    half the room: it is normal numbers that were rounded to half precision before anything was made of them.
     """
 
     def __init__(self, size: int, product_size: int, capacity: int, noise: Noise):
@@ -106,15 +108,15 @@ class _Side:
         self.last: _Last | None = None
         self.shares = torch.zeros(seeds, 0, 0, device=noise.device, dtype=noise.dtype)
         self._queries = torch.empty(seeds, capacity, size, device=noise.device, dtype=noise.dtype)
-        self._noise = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=noise.dtype)
+        self._noise = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=ROUNDED)
 
     @property
     def queries(self) -> Tensor:
         return self._queries[:, : self.count]
 
-    @property
-    def noise(self) -> Tensor:
-        return self._noise[:, : self.count]
+    def noise(self, count: int | None = None) -> Tensor:
+        """What was drawn for the first queries, or for all, of standard deviation 1."""
+        return self._noise[:, : self.count if count is None else count].to(self._queries.dtype)
 
     def append(self, queries: Tensor, noise: Tensor, shares: Tensor) -> None:
         end = self.count + queries.shape[1]
@@ -245,10 +247,11 @@ class GaussianMatrix:
         """W Q = E + Q_b (R_b^T Q - Q_b^T E) for new orthonormal Q, as E and the bracket; R_b^T Q is E_b^T Q, since what
         else is in R_b lies along earlier queries.
         """
-        noise = self.noise(fresh.shape[1], there.queries.shape[2], std=self.std)
+        noise = self.noise(fresh.shape[1], there.queries.shape[2]).to(ROUNDED).to(fresh.dtype)
         if self.coupling == "decoupled" or not there.count:
             return noise, noise[:, :, :0]
-        return noise, torch.baddbmm(torch.bmm(fresh, there.noise.mT), noise, there.queries.mT, alpha=-1)
+        along = torch.bmm(fresh, there.noise().mT)
+        return noise, self.std * torch.baddbmm(along, noise, there.queries.mT, alpha=-1)
 
 
 def _eigen(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,7 +382,7 @@ class TrainedMatrix:
             width = max(mixed.shape[2], shares.shape[2])
             known = self.gain * torch.bmm(coordinates[:, :, : shares.shape[1]], shares)
             mixed = _padded(mixed, mixed.shape[1], width) + _padded(known, mixed.shape[1], width)
-            fresh = torch.bmm(coordinates, here.noise[:, : coordinates.shape[2]])
+            fresh = torch.bmm(self.start.std * coordinates, here.noise(coordinates.shape[2]))
             low = torch.baddbmm(fresh, mixed, there.queries[:, :width], beta=self.gain)
         else:
             low = torch.bmm(mixed, there.queries[:, : mixed.shape[2]])
@@ -444,7 +447,8 @@ class TrainedMatrix:
     def _answers(self, side: Side) -> Tensor:
         """The start's products with all orthonormal queries of a side."""
         here, there = self.start.sides(side)
-        return torch.baddbmm(here.noise, here.shares, there.queries[:, : here.shares.shape[2]])
+        queries = there.queries[:, : here.shares.shape[2]]
+        return torch.baddbmm(here.noise(), here.shares, queries, beta=self.start.std)
 
 
 def _added(one: Node | None, other: Node | None, factor: float) -> Node | None:
