@@ -46,20 +46,46 @@ def test_the_canonical_network_is_that_of_the_canonical_solver(coupling) -> None
     assert float(((wanted.mean(0) - found.mean(0)) / error).abs().max()) < 4
 
 
-def test_folded_and_wrapped_multipliers_give_the_same_prediction() -> None:
+class ByHand(Norms):
+    """Its branches can be multiplied."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            h = h + self.factor * down(F.gelu(up(norm(h))))
+        return self.head(h)
+
+
+def by_hand(model: ByHand) -> torch.optim.Optimizer:
+    dm.parametrize(model, depth_multiplier=2, example_inputs=X.double(), how="wrap")  # draws the same noise
+    dm.undo(model)
+    model.factor = math.sqrt(0.5)
+    inner = [*model.norms.parameters(), *model.up.parameters()]
+    rest = [p for part in (model.stem, model.head, model.down) for p in part.parameters()]
+    return torch.optim.SGD([{"params": inner, "lr": 0.005 * math.sqrt(2)}, {"params": rest}], lr=0.005, momentum=0.9)
+
+
+@pytest.mark.parametrize("multiplier, plain", [(1, Norms), (2, ByHand)])
+def test_folded_and_wrapped_multipliers_and_those_written_by_hand_give_the_same_prediction(multiplier, plain) -> None:
     def parametrized(how: str):
         def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-            dm.parametrize(model, depth_multiplier=2, example_inputs=X.double(), how=how)
+            dm.parametrize(model, depth_multiplier=multiplier, example_inputs=X.double(), how=how)
             return dm.SGD(model, lr=0.005, momentum=0.9)
 
         return optimizer
 
-    fold, wrap, plain = (
-        predict(Norms, X, Y, width=256, optimizer=make, steps=3, seeds=2, dtype=torch.float64).outputs
-        for make in (parametrized("fold"), parametrized("wrap"), sgd)
-    )
-    torch.testing.assert_close(fold, wrap, rtol=1e-6, atol=1e-8)
-    assert float((fold - plain).abs().max()) > 0.01
+    def unscaled(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+
+    def outputs(make, optimizer) -> Tensor:
+        return predict(make, X, Y, width=256, optimizer=optimizer, steps=3, seeds=2, dtype=torch.float64).outputs
+
+    wanted = outputs(plain, unscaled if multiplier == 1 else by_hand)
+    assert float((wanted[:, -1] - wanted[:, 0]).abs().max()) > 0.01
+    for how in ("fold", "wrap"):
+        torch.testing.assert_close(outputs(Norms, parametrized(how)), wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_the_monitor_watches_it_like_a_network_with_matrices() -> None:

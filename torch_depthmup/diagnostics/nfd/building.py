@@ -16,7 +16,7 @@ from torch_depthmup.diagnostics.nfd.unformed import Making, Unformed
 from torch_depthmup.diagnostics.shared.training import own_random_state
 from torch_depthmup.errors import DepthMuPError
 
-__all__ = ["hidden_matrices", "implicit_model"]
+__all__ = ["built", "hidden_matrices", "implicit_model"]
 
 LONG = 10**6  # entries of a vector that is not worth making where only shapes are asked for
 CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
@@ -113,6 +113,20 @@ def implicit_model(
     torch.Size([2, 1])
     """
     hidden = hidden_matrices(make_model, width)
+    return built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype)
+
+
+def built(
+    make_model: Callable[[int], nn.Module],
+    width: int,
+    hidden: dict[str, tuple[int, ...]],
+    *,
+    seed: int,
+    coupling: Coupling,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The same, where it is known already which matrices are hidden, and what shapes they have."""
     shapes: set[tuple[int, ...]] = set(hidden.values())
     with own_random_state():
         torch.manual_seed(seed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
-from torch_depthmup.diagnostics.nfd.building import implicit_model
+from torch_depthmup.diagnostics.nfd.building import built, hidden_matrices
 from torch_depthmup.diagnostics.nfd.gaussian import ROUNDED, Coupling, GaussianMatrix, checked_coupling, checked_dtype
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
 from torch_depthmup.diagnostics.nfd.simulate import check_memory
@@ -110,14 +110,13 @@ def predict(
     checked_coupling(coupling), checked_dtype(dtype)
     which = seeds_of(seeds)
     inputs, targets = _moved(inputs, device, dtype), _moved(targets, device, dtype)
-    hidden: tuple[str, ...] = ()
+    hidden = hidden_matrices(make_model, width)
     outputs, losses = [], []
     rows: list[list[dict[str, Any]]] = []
     with bar("predicting", len(which) * steps, show=progress) as advance:
         for seed in which:
-            model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
+            model = built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype)
             weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
-            hidden = tuple(weights)
             _check_least_memory(weights, inputs, steps)
             stepping = optimizer(model)
             before = {name: _asked(weight) for name, weight in weights.items()}
@@ -129,7 +128,7 @@ def predict(
             outputs.append(torch.stack([output for output, _ in values]))
             losses.append(torch.stack([value for _, value in values]))
             rows += [] if monitor is None else [monitor.rows]
-    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), hidden, tuple(rows))
+    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), tuple(hidden), tuple(rows))
 
 
 def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) -> Any:
