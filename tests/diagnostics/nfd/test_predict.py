@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from wide import MODELS, WIDTH, Norms, X, Y, dense, sgd
 
 import torch_depthmup as dm
@@ -154,6 +155,15 @@ def copies(n: int) -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(n, 2, 2 * n, batch_first=True), 2)
 
 
+def changed(change) -> object:
+    def make(n: int) -> nn.Module:
+        model = Norms(n)
+        change(model.up[0])
+        return model
+
+    return make
+
+
 def with_table(n: int) -> nn.Module:
     model = Norms(n)
     model.register_buffer("mask", torch.zeros(n, n))
@@ -165,6 +175,19 @@ def with_table(n: int) -> nn.Module:
     [
         (orthogonal, "up.0.weight: its initialization is not one of independent entries"),
         (shifted, "up.0.weight: its entries have mean 0.1"),
+        (
+            changed(parametrizations.orthogonal),
+            "make_model registers a parametrization, by which torch computes a weight",
+        ),
+        (
+            changed(parametrizations.weight_norm),
+            "up.0.*original1 is what torch computes a weight from.* Leave that out",
+        ),
+        (
+            changed(lambda layer: prune.random_unstructured(layer, "weight", 0.5)),
+            "up.0.weight_orig is what torch computes",
+        ),
+        (changed(lambda layer: nn.init.eye_(layer.weight)), "up.0.weight: its init.* it holds what aten.eye gives"),
         (with_table, "mask of shape .* Take another width"),
         (copies, "layers.1.self_attn.in_proj_weight starts with the same entries as layers.0"),
         (lambda n: Norms(16), "no parameter has two dimensions that change"),
@@ -220,7 +243,7 @@ class Patchwise(nn.Module):
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize("width", [256, 512])
+@pytest.mark.parametrize("width", [256, 512, 1024])
 @pytest.mark.parametrize("name", ["biases", "pre-norm", "vision"])
 def test_wide_networks_are_predicted(name: str, width: int) -> None:
     make = {**MODELS, "vision": Patchwise}[name]
@@ -237,7 +260,8 @@ def test_wide_networks_are_predicted(name: str, width: int) -> None:
 
 
 @pytest.mark.evidence
-def test_the_llama_of_transformers_is_predicted() -> None:
+@pytest.mark.parametrize("width", [256, 1024])
+def test_the_llama_of_transformers_is_predicted(width: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(n: int) -> nn.Module:
@@ -256,7 +280,7 @@ def test_the_llama_of_transformers_is_predicted() -> None:
     runs = []
     for seed in range(16):
         torch.manual_seed(seed)
-        model = make(256)
+        model = make(width)
         stepping, outputs = optimizer(model), []
         for _ in range(4):
             output = model(x)
@@ -266,7 +290,7 @@ def test_the_llama_of_transformers_is_predicted() -> None:
             stepping.step()
         runs.append(torch.stack(outputs))
     measured = torch.stack(runs)
-    predicted = predict(make, x, y, width=256, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
+    predicted = predict(make, x, y, width=width, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
     error = (measured.var(0) / 16 + predicted.var(0) / 16).sqrt()
     z = (measured.mean(0) - predicted.mean(0)) / error
     assert float(z.square().mean()) < 1.5  # of 2,400 outputs; a few of so many lie beyond three standard errors

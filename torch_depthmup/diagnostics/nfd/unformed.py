@@ -102,6 +102,9 @@ class Unformed(Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             args[0].law.sample = "values written to a part of it" if args[0].part else sample
             return args[0]
+        if isinstance(kwargs.get("out"), cls):
+            kwargs["out"].law.sample = sample
+            return kwargs["out"]
         if func._schema.is_mutable:
             raise DepthMuPError(f"the factory copies entries of a hidden matrix into another tensor ({packet})")
         return tree_map_only(Tensor, lambda t: cls.of(t, _Law(sample)), result)
