@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch_depthmup.scaling.verify import entries, filled, scaled
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.replay import Meter, run_metered
 
-__all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest"]
+__all__ = ["correction", "default_bounds", "forward_factor", "initial_size", "relative_sizes", "simplest", "unexplained_ratio"]
 
 SURE = 4.0  # standard errors by which a size must miss a power before it is taken for another
 LEAST = 0.1  # spread of branch sizes, relative to them, that is always there: networks are of finite width
@@ -181,17 +182,43 @@ def forward_factor(sizes: Sequence[float], base_sizes: Sequence[float], depth_mu
     """
     if not sizes or not base_sizes or depth_multiplier <= 1:
         return 1.0
-    logs = [list(map(math.log, group)) for group in (sizes, base_sizes)]
-    means = [sum(group) / len(group) for group in logs]
-    spread = [sum((x - mean) ** 2 for x in group) for group, mean in zip(logs, means, strict=True)]
-    free = max(len(logs[0]) + len(logs[1]) - 2, 1)
-    deviation = max(math.sqrt(sum(spread) / free), LEAST)
-    # Of few branches the scatter may come out small by chance, so they must differ by more.
-    margin = SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
-    difference = means[0] - means[1]
-    step = math.log(depth_multiplier) / 4  # a quarter of a power
+    difference, margin = _compared(sizes, base_sizes)
+    step = _step(depth_multiplier)
     if margin > 2 * step or difference > -max(step / 2, margin):
         return 1.0
     exponent = round(difference / step) / 4
     near = abs(difference - 4 * exponent * step) <= margin + RELATIVE
     return depth_multiplier**exponent if near else math.exp(difference)
+
+
+def unexplained_ratio(sizes: Sequence[float], base_sizes: Sequence[float], depth_multiplier: float) -> float | None:
+    """How large one kind of branch is beside the base's, where that is neither chance nor a factor of the depth.
+
+    So it is where skips are multiplied by a number over and over, and the branches grow or shrink along the stream.
+    """
+    if not sizes or not base_sizes or depth_multiplier <= 1:
+        return None
+    difference, margin = _compared(sizes, base_sizes)
+    step = _step(depth_multiplier)
+    is_scattered = margin > 2 * step and abs(difference) > margin
+    return math.exp(difference) if is_scattered or difference > max(2 * step, margin) else None
+
+
+def _step(depth_multiplier: float) -> float:
+    """A quarter of a power of the depth multiplier, on the log scale."""
+    return math.log(depth_multiplier) / 4
+
+
+def _compared(sizes: Sequence[float], base_sizes: Sequence[float]) -> tuple[float, float]:
+    """The difference of mean log sizes, and how large chance may make it.
+
+    Chance is what differs between neighbours: a factor of a layer's own, such as 1 / sqrt(l), changes slowly.
+    """
+    logs = [list(map(math.log, group)) for group in (sizes, base_sizes)]
+    means = [sum(group) / len(group) for group in logs]
+    changes = [b - a for group in logs for a, b in pairwise(group)]
+    free = max(len(changes), 1)
+    deviation = max(math.sqrt(sum(change**2 for change in changes) / 2 / free), LEAST)
+    # Of few branches the scatter may come out small by chance, so they must differ by more.
+    margin = SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
+    return means[0] - means[1], margin

@@ -23,6 +23,7 @@ from torch_depthmup.scaling.initialization import (
     forward_factor,
     initial_size,
     relative_sizes,
+    unexplained_ratio,
 )
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.materialising import initialized, warn_without_sizes
@@ -381,6 +382,7 @@ def _what_is_there(
                 relative_sizes(base.model, base.inputs, base.found),
             ]
     result = []
+    unexplained: dict[str, float] = {}
     for i, branch in enumerate(planned):
         ratio = streams[branch.branch.stream].depth_multiplier
         weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
@@ -391,6 +393,19 @@ def _what_is_there(
         ]
         forward = forward_factor(groups[0], groups[1], ratio) if branch.multiplier != 1 else 1.0
         result.append(replace(branch, initial=initial, forward=forward))
+        size = unexplained_ratio(groups[0], groups[1], ratio) if branch.multiplier != 1 else None
+        if size is not None:
+            unexplained.setdefault(branch.branch.name, size)
+    if unexplained:
+        name, size = next(iter(unexplained.items()))
+        warnings.warn(
+            f"{name} and {len(unexplained) - 1} more branches are {size:.3g} times as large beside their skips as the "
+            "base's, and not by a factor of the depth: the forward pass multiplies skips or branches by numbers of its "
+            "own, layer upon layer. They get the rule's whole multiplier, which assumes none. Take those numbers out, or "
+            "leave the branches alone with exclude=",
+            UserWarning,
+            stacklevel=5,
+        )
     return tuple(result)
 
 

@@ -33,14 +33,16 @@ def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
     zero = {id(p): p for p in parameters if p.numel() and not p.any()}
     generator = torch.Generator().manual_seed(0)
     try:
-        for parameter in zero.values():
-            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-            parameter.copy_(values / math.sqrt(fan_in) + (0.5 if parameter.ndim < 2 else 0.0))
+        with torch.no_grad():
+            for parameter in zero.values():
+                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
+                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+                parameter.copy_(values / math.sqrt(fan_in) + (0.5 if parameter.ndim < 2 else 0.0))
         yield
     finally:
-        for parameter in zero.values():
-            parameter.zero_()
+        with torch.no_grad():
+            for parameter in zero.values():
+                parameter.zero_()
 
 
 @contextlib.contextmanager
