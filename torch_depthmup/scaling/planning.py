@@ -23,7 +23,6 @@ from torch_depthmup.scaling.initialization import (
     forward_factor,
     initial_size,
     relative_sizes,
-    unexplained_ratio,
 )
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.materialising import initialized, warn_without_sizes
@@ -382,27 +381,24 @@ def _what_is_there(
                 relative_sizes(base.model, base.inputs, base.found),
             ]
     result = []
-    unexplained: dict[str, float] = {}
+    unclear: list[str] = []
     for i, branch in enumerate(planned):
         ratio = streams[branch.branch.stream].depth_multiplier
         weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
         initial = 1 / corrections[weights[0]][1] if weights else 1.0
-        groups = [
-            [size for j, size in known.items() if kinds[j] == ours[i]]
-            for known, kinds in zip(sizes, (ours, theirs), strict=True)
-        ]
-        forward = forward_factor(groups[0], groups[1], ratio) if branch.multiplier != 1 else 1.0
+        mine, its = (
+            [(traced.factor, known.get(j)) for j, traced in enumerate(of.found.traced) if kinds[j] == ours[i]]
+            for of, known, kinds in zip((seen, base), sizes, (ours, theirs), strict=True)
+        )
+        forward, is_unclear = forward_factor(mine, its, ratio) if branch.multiplier != 1 else (1.0, False)
+        unclear += [branch.branch.name] * is_unclear
         result.append(replace(branch, initial=initial, forward=forward))
-        size = unexplained_ratio(groups[0], groups[1], ratio) if branch.multiplier != 1 else None
-        if size is not None:
-            unexplained.setdefault(branch.branch.name, size)
-    if unexplained:
-        name, size = next(iter(unexplained.items()))
+    if unclear:
         warnings.warn(
-            f"{name} and {len(unexplained) - 1} more branches are {size:.3g} times as large beside their skips as the "
-            "base's, and not by a factor of the depth: the forward pass multiplies skips or branches by numbers of its "
-            "own, layer upon layer. They get the rule's whole multiplier, which assumes none. Take those numbers out, or "
-            "leave the branches alone with exclude=",
+            f"{len(unclear)} branches ({', '.join(unclear[:3])}{', ...' if len(unclear) > 3 else ''}) are not of the "
+            "base's size beside their skips, and not by one factor: the forward pass multiplies skips or branches by "
+            "numbers of its own, layer upon layer. The rule's multipliers assume that it does not. Take those numbers "
+            "out, or leave these branches alone with exclude=",
             UserWarning,
             stacklevel=5,
         )

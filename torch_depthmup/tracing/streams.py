@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions
 from torch_depthmup.tracing.choosing import above
 from torch_depthmup.tracing.graph import Graph
 
-__all__ = ["loose_matrices", "sides_of", "streams_of"]
+__all__ = ["factors_of", "loose_matrices", "sides_of", "streams_of"]
 
 
 def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
@@ -33,6 +34,35 @@ def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
         stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
         streams.append(stream_of[residual.node])
     return streams
+
+
+def factors_of(graph: Graph, found: list[ResidualAddition]) -> list[float]:
+    """What the numbers in the forward pass multiply each branch with, beside the skip it is added to.
+
+    With ``h_l = a_l h_(l-1) + b_l f_l`` it is ``b_l / (a_1 ... a_l)``, and the product starts anew behind a norm: what
+    a stream is multiplied with at one addition stays on it.
+    """
+    skips: dict[int, float] = {}
+    factors = []
+    for residual in found:
+        skip, end = _numbers(graph, residual.skip, skips)
+        skips[residual.node] = skip * skips.get(end, 1.0)
+        factors.append(_numbers(graph, residual.branch, skips)[0] / skips[residual.node])
+    return factors
+
+
+def _numbers(graph: Graph, node: int, additions: Collection[int]) -> tuple[float, int]:
+    """The product of the numbers that a value was multiplied with last, in size, and where they start."""
+    product = 1.0
+    while node not in additions and graph.nodes[node].is_linear:
+        data = graph.data_inputs(node)
+        if len(data) != 1 or graph.nodes[node].is_weight_operation:
+            break
+        factor = abs(graph.nodes[node].factor)
+        if 0 < factor < math.inf and not graph.weight_inputs(node):
+            product *= factor
+        node = data[0]
+    return product, node
 
 
 def sides_of(
