@@ -48,13 +48,16 @@ def shuffled(source: str, seed: int, batch: int, samples: int | None = None) -> 
 
 
 def one_pass(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> list[float]:
     """Trains on each batch once. Returns each loss, taken before the batch was trained on, up to one not finite."""
     torch.set_num_threads(1)
     losses = []
     for inputs, targets in batches:
-        loss = F.cross_entropy(model(inputs), targets)
+        loss = loss_of(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
