@@ -199,7 +199,7 @@ def frozen(depth: int, names: str) -> nn.Module:
     "names, loss, message",
     [
         ("weight", None, "every parameter of Canonical is frozen"),
-        ("blocks", None, "all inner matrices of the branches blocks.# are frozen (requires_grad=False), blocks.0.inner"),
+        ("blocks", None, "all inner matrices of the branches blocks.# are frozen (requires_grad=False), blocks.0"),
         ("outer", None, "all outer matrices of the branches blocks.# are frozen"),
         ("-", lambda output, target: (output.detach() - target).square().mean(), "it was detached"),
         ("-", lambda output, target: (output - target).square().mean().item(), "the loss is a float"),

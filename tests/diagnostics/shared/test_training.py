@@ -8,6 +8,7 @@ from torch import nn
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.shared.training import Training
+from torch_depthmup.errors import MeasurementError
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "lion"}, {"steps": 0}, {"batch_size": 2.5}])
@@ -18,5 +19,5 @@ def test_a_training_that_cannot_be_is_refused(change) -> None:
 
 def test_a_model_that_is_frozen_is_one_clear_line() -> None:
     model = nn.Linear(X.shape[1], 1).requires_grad_(False)
-    with pytest.raises(dm.MeasurementError, match="every parameter of Linear is frozen"):
+    with pytest.raises(MeasurementError, match="every parameter of Linear is frozen"):
         Training(X, X[:, :1], steps=1)(model, 0.1, 0)

@@ -273,8 +273,8 @@ def _check_learns(model: nn.Module, branches: Sequence[Branch]) -> None:
         frozen = [name for name in names if name in matrices]
         if frozen and not any(matrices[name] for name in frozen):
             raise MeasurementError(
-                f"all {place} matrices of the branches {kind} are frozen (requires_grad=False), {frozen[0]} for one, so "
-                "that their update has no slope. Unfreeze them in the factory, with model.requires_grad_(True)"
+                f"all {place} matrices of the branches {kind} are frozen (requires_grad=False), {frozen[0]} for one, "
+                "so that their update has no slope. Unfreeze them in the factory, with model.requires_grad_(True)"
             )
 
 
