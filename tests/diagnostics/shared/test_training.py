@@ -19,5 +19,6 @@ def test_a_training_that_cannot_be_is_refused(change) -> None:
 
 def test_a_model_that_is_frozen_is_one_clear_line() -> None:
     model = nn.Linear(X.shape[1], 1).requires_grad_(False)
+    dm.parametrize(model, rule="sp")
     with pytest.raises(MeasurementError, match="every parameter of Linear is frozen"):
         Training(X, X[:, :1], steps=1)(model, 0.1, 0)
