@@ -70,6 +70,7 @@ def completep_groups(model: nn.Module, *, width: float, depth: float) -> dict[st
     """AdamW's (lr, weight decay, eps) multipliers of CompleteP with an explicit residual multiplier 1 / depth.
 
     Written out from arXiv 2505.01618, table 1, for a GPT of hidden weights, biases and norms in blocks called ``h``.
+    The table's eps is that of the blocks; outside them no branch multiplier is in the gradient, and 1 / width is left.
     """
     groups = {}
     for name, parameter in model.named_parameters():

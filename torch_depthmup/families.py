@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_depthmup.errors import OptimizerError
-from torch_depthmup.rules import FAMILIES, Family, fold_multipliers, get_family
+from torch_depthmup.rules import FAMILIES, MUON_SHAPES, Family, fold_multipliers, get_family
 
 __all__ = ["Answers", "MeasuredFamily", "measure_family", "refuse_unsuited"]
 
@@ -37,8 +38,8 @@ SCALE = 4.0  # powers of two, so that scaling adds no rounding
 FOLDED = 0.25
 TOY = {"lr": 0.01, "weight_decay": 0.1, "eps": 0.05}  # eps of the gradient's size, so that it is seen to act
 TINY = 1e-30
-ADJUSTMENTS = {"original": (3**0.5, 1.0), "match_rms_adamw": (1.0, 2**0.5), None: (1.0, 1.0)}
-"""How Muon's step depends on the shape: (12, 4) over (4, 12), and (4, 12) over (4, 6), by ``adjust_lr_fn``."""
+SHAPES = ((12, 4), (4, 12), (4, 6))  # the known ways to follow the shape differ on these by 0.34 or more
+NEAR = 0.15  # largest difference of log step sizes: Newton-Schulz leaves singular values scattered
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,14 @@ def measure_family(
         raise OptimizerError(f"{label}: {error}. Use dm.AdamW, dm.Adam or dm.SGD") from None
     except Exception as error:  # any class, with any demands of its own
         if named is not None:
-            return MeasuredFamily(named)
+            return MeasuredFamily(_without_shapes(named))
+        if not matrices:  # classes for matrices alone do not take the vector
+            with suppress(OptimizerError):
+                return measure_family(make, group, label=label, matrices=True)
         raise OptimizerError(
             f"{label} does not run on a toy of two tensors ({type(error).__name__}: {error}), so how its steps answer "
-            f"to the gradient is not known. If you know, write family= with one of {', '.join(map(repr, FAMILIES))}"
+            f"to the gradient is not known. If you know, write family= with one of {', '.join(map(repr, FAMILIES))}. "
+            "What trains by two rules in one group cannot be scaled: make two, dm.Muon and dm.AdamW"
         ) from error
     return _judge(answers, decoupled, adjust, label, named)
 
@@ -145,8 +150,6 @@ def _judge(
         family = replace(named, foldable=named.foldable and answers.fold <= EQUAL)
     elif answers.orthogonal:
         family = replace(get_family("muon"), foldable=answers.fold <= EQUAL)
-        if adjust is None:
-            family = replace(family, name=label, width=None)
     else:
         family = get_family("sgd" if not normalised else "adam" if decoupled is False else "adamw")
         if answers.weight > EQUAL or answers.fold_without_eps > EQUAL:
@@ -154,13 +157,24 @@ def _judge(
             family = Family(label, normalised, family.decoupled, foldable=False, width=None)
         elif answers.fold > EQUAL:
             family = replace(family, foldable=False)
-    return MeasuredFamily(family, answers, adjust)
+    return MeasuredFamily(family if adjust else _without_shapes(family), answers, adjust)
+
+
+def _without_shapes(family: Family) -> Family:
+    """The family where it is not known how steps follow a matrix's shape, which Muon's width rule has to know."""
+    return replace(family, width=None) if family.width == "muon" else family
 
 
 def _agree(named: Family, normalised: bool, decoupled: bool | None, answers: Answers, label: str) -> None:
     if named.normalised != normalised:
         raise OptimizerError(
             f"{label} is not of the family {named.name!r}: {answers}. Leave family= out, and it is measured"
+        )
+    if (named.name == "muon") != answers.orthogonal:
+        found = "are orthogonal, as Muon's" if answers.orthogonal else "are not orthogonal"
+        raise OptimizerError(
+            f"{label} is not of the family {named.name!r}: its steps on matrices {found}. Leave family= out, and each "
+            "group is measured"
         )
     if normalised and decoupled is not None and named.decoupled != decoupled:
         found = "decoupled from the gradient" if decoupled else "a penalty in the gradient"
@@ -298,7 +312,7 @@ class _Toy:
     def orthogonal(self) -> tuple[bool, str | None]:
         """Whether a matrix's step has equal singular values, and how its size follows the shape."""
         sizes = []
-        for shape in ((12, 4), (4, 12), (4, 6)):
+        for shape in SHAPES:
             # All entries positive: what normalises entry by entry makes a matrix of ones from it, of rank one.
             gradient = 1 + 0.3 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             weight = torch.ones(shape, dtype=torch.float64, requires_grad=True)
@@ -314,11 +328,13 @@ class _Toy:
             if not values[-1] > values[0] / 3:
                 return False, None
             sizes.append(float(values.square().mean().sqrt()))
-        found = (math.log(sizes[0] / sizes[1]), math.log(sizes[1] / sizes[2]))
-        return True, min(
-            ADJUSTMENTS,
-            key=lambda name: sum((math.log(a) - b) ** 2 for a, b in zip(ADJUSTMENTS[name], found, strict=True)),
-        )
+        return True, next((name for name, given in MUON_SHAPES.items() if _follows(sizes, given)), None)
+
+
+def _follows(sizes: Sequence[float], given: Callable[[float, float], float]) -> bool:
+    """Whether the steps of matrices of SHAPES follow them in the given way."""
+    off = [math.log(size / given(*shape)) for size, shape in zip(sizes, SHAPES, strict=True)]
+    return max(off) - min(off) < NEAR
 
 
 def _size(tensors: Sequence[Tensor]) -> float:

@@ -191,7 +191,8 @@ class Scaler:
         parts: dict[Multipliers, list[Any]] = {}
         for item in group["params"]:
             plan, name = plans[id(tensor_of(item))]
-            if measured.answers is not None and plan[name].folded != 1.0 and not measured.family.foldable:
+            supplied = plan[name].folded * plan[name].present
+            if measured.answers is not None and supplied != 1.0 and not measured.family.foldable:
                 raise OptimizerError(
                     f"{self.cls.__name__} does not train {name}, into which a multiplier is folded, as it would with "
                     f"the multiplier in the network (measured on a toy: {measured.answers}). Write "

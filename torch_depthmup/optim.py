@@ -46,7 +46,12 @@ class Constructor(Generic[P, AnyOptimizer]):
         self.__signature__ = inspect.signature(cls)
         self.__doc__ = f"{cls.__name__} with the plan's multipliers in its groups; see `optimizer`.\n\n{_doc(cls)}"
 
-    def __call__(self, params: Parameters, *args: P.args, **options: P.kwargs) -> AnyOptimizer:
+    def __call__(self, params: Parameters | None = None, *args: P.args, **options: P.kwargs) -> AnyOptimizer:
+        if params is None:
+            raise OptimizerError(
+                f"the parameters, groups or the model come first: dm.optimizer({self.__name__})(model, ...). Where the "
+                "class wants parameters by other names, make it without dm.optimizer, and dm.rescale(optimizer, model)"
+            )
         return _construct(self.cls, self.family, self.measured, params, args, options)
 
     def __reduce__(self) -> tuple[Any, ...]:

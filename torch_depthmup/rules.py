@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch_depthmup.errors import OptimizerError, PlanError
 
 __all__ = [
     "FAMILIES",
+    "MUON_SHAPES",
     "RULES",
     "UNIT",
     "Family",
@@ -388,14 +390,14 @@ class Width:
 def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None) -> Multipliers:
     """Multipliers in width: those of ``mup``'s MuSGD, MuAdam and MuAdamW; for Muon the spectral condition.
 
-    Muon's update has spectral norm ``lr`` times torch's own factor for the shape; what is missing to
+    Muon's update has spectral norm ``lr`` times a factor of its own for the shape; what is missing to
     ``sqrt(fan_out / fan_in)``, relative to the base, is the multiplier.
 
     Args:
         rule: whether width is scaled at all.
         family: the optimizer's family.
         width: the parameter's dimensions, ``None`` without width scaling.
-        adjust_lr: torch's ``Muon(adjust_lr_fn=...)``: ``None``, ``"original"`` or ``"match_rms_adamw"``.
+        adjust_lr: how Muon's step follows the shape, a key of ``MUON_SHAPES``; ``None`` is ``"original"``, as in torch.
 
     Raises:
         OptimizerError: more than two dimensions are widths, or the family has no width rule.
@@ -410,7 +412,12 @@ def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust
     if family.width is None:
         if all(width.ratio(index) == 1.0 for index in width.widths):
             return UNIT
-        raise OptimizerError(f"{family.name} has no width rule. Keep the base as wide as the model, or write rule='sp'")
+        shape = " for steps that follow a matrix's shape in a way that is not known" if family.name == "muon" else ""
+        raise OptimizerError(
+            f"{family.name} has no width rule{shape}. Keep the base as wide as the model, or write rule='sp'"
+        )
+    if family.width == "muon" and len(width.dims) != 2:
+        raise OptimizerError(f"Muon takes matrices, and a parameter of shape {width.dims} is none")
     hidden = width.kind == "hidden"
     if family.width == "sgd":
         # A hidden weight: width_mult of the fan-out over that of the fan-in; any other: width_mult.
@@ -440,20 +447,31 @@ def scores_multiplier(head_size: int, base_head_size: int) -> float:
     return base_head_size / head_size
 
 
+MUON_SHAPES: dict[str, Callable[[float, float], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: math.sqrt(max(rows, columns)),
+    "rms_to_rms": lambda rows, columns: math.sqrt(rows / columns),
+    "none": lambda rows, columns: 1.0,
+}
+"""How the spectral norm of a step of Muon goes with the shape, by the names that torch and timm have for it."""
+
+
 def _muon_width(width: Width, adjust_lr: str | None) -> float:
-    """What is missing from torch's factor for the shape to ``sqrt(fan_out / fan_in)``, relative to the base."""
-    fan_in = 1 if width.summed is None else width.summed
+    """What is missing from Muon's own factor for the shape to ``sqrt(fan_out / fan_in)``, relative to the base.
+
+    A readout's product is multiplied by ``1 / width_mult``, which its step makes up for.
+    """
+    kept = (
+        width.widths[0] if width.summed is None else 1 - width.summed
+    )  # an embedding keeps the last, others the first
+    given = MUON_SHAPES[adjust_lr or "original"]
 
     def wanted(dims: tuple[int, ...]) -> float:
-        return math.sqrt(dims[1 - fan_in] / dims[fan_in])
-
-    def given(dims: tuple[int, ...]) -> float:
-        if adjust_lr == "match_rms_adamw":
-            return math.sqrt(max(dims))
-        return math.sqrt(max(1.0, dims[0] / dims[1]))
+        return math.sqrt(dims[kept] / dims[1 - kept])
 
     base = tuple(dim if base is None else base for dim, base in zip(width.dims, width.base, strict=True))
-    return (wanted(width.dims) / wanted(base)) / (given(width.dims) / given(base))
+    forward = width.multiplier if width.kind == "readout" else 1.0
+    return forward * (wanted(width.dims) / wanted(base)) / (given(*width.dims) / given(*base))
 
 
 def predicted_slopes(rule: Rule, family: Family, *, inner_layers: bool = True) -> dict[str, float]:

@@ -147,7 +147,7 @@ def attach(model: nn.Module, plan: Plan, *, rates_only: bool = False) -> Plan:
     model = _checked(model, plan.how)
     _refuse_another_plan(model, plan)
     if rates_only:
-        plain = tuple(replace(entry, folded=1.0, scale=1.0) for entry in plan.entries)
+        plain = tuple(replace(entry, folded=1 / entry.present, scale=1.0) for entry in plan.entries)
         plan = replace(plan, entries=plain, hooks=())
     hang(model, plan.hooks)
     Handle.attach(model, plan, False)

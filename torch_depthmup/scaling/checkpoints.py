@@ -28,7 +28,8 @@ Note = dict[str, Any]
 
 def note_of(plan: Plan) -> Note | None:
     """What is noted of a plan; None where values and modules contain no multiplier."""
-    folded = {entry.name: entry.folded for entry in plan.entries if entry.folded != 1.0}
+    multipliers = {entry.name: entry.folded * entry.present for entry in plan.entries}
+    folded = {name: multiplier for name, multiplier in multipliers.items() if multiplier != 1.0}
     if not folded and not plan.hooks:
         return None
     branches = {planned.branch.name: planned.supplied for planned in plan.planned_branches if planned.supplied != 1.0}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch_depthmup.rules import scores_multiplier
 from torch_depthmup.running import normalise_name
+from torch_depthmup.scaling.factors import warn_unseen
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.plan import PlannedParameter
 from torch_depthmup.tracing.attention import Attention
@@ -31,13 +33,16 @@ def with_head_sizes(
     others = counterparts(changed, base_names)
     unmet: list[tuple[Attention, Attention, float]] = []
     folded: set[str] = set()
+    unseen: list[str] = []
     for attention in found.attentions:
         names = [others[name] for name in (*attention.query, *attention.key) if name in others]
         base = next((theirs[other.name] for other in names if other is not None and other.name in theirs), None)
         if base is None or base.size == attention.size or attention.is_unit:
             continue
         missing = base.factor * scores_multiplier(attention.size, base.size) / attention.factor
-        if abs(missing - 1) < 1e-6:
+        if math.isnan(missing):
+            unseen += attention.query
+        if math.isnan(missing) or abs(missing - 1) < 1e-6:
             continue
         if not attention.is_own or any(len(found.uses.get(name, ())) != 1 for name in attention.query):
             unmet.append((attention, base, missing))
@@ -47,6 +52,8 @@ def with_head_sizes(
                 reason = f"{changed[name].reason}; makes queries, heads of {attention.size} in place of {base.size}"
                 changed[name] = replace(changed[name], folded=changed[name].folded * missing, reason=reason)
         folded |= set(attention.query)
+    if unseen:
+        warn_unseen(unseen)
     if unmet:
         _warn(unmet)
     return list(changed.values())

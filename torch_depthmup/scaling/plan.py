@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from torch_depthmup import rules
-from torch_depthmup.errors import DepthMuPError, PlanError
+from torch_depthmup.errors import DepthMuPError, OptimizerError, PlanError
 from torch_depthmup.rules import Family, Multipliers, Role, Rule, Width
 from torch_depthmup.running import normalise_name
 from torch_depthmup.tables import Table, columns, fold_names
@@ -137,9 +137,12 @@ class PlannedParameter:
             (on ``meta``), so that `apply` finds it.
         width: its dimensions beside its base's, or ``None`` without width scaling.
         reason: the role in words.
-        initial: the size that its value should start with, before ``folded``; ``None`` where the base does not tell.
+        initial: the size that its value should start with, before what of ``folded`` is not there yet; ``None`` where
+            the base does not tell.
         kind: what parameters that are compared with the same of the base share; empty without a base.
         scale_reason: the factor on its value in words; empty where that is 1.
+        present: what the forward pass multiplies it with, relative to the base, as in ``W @ x / sqrt(width)``. Its
+            value contains the inverse, which is a part of ``folded``.
     """
 
     name: str
@@ -153,6 +156,7 @@ class PlannedParameter:
     initial: InitialSize | None = None
     kind: str = ""
     scale_reason: str = ""
+    present: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,12 @@ class Plan:
             OptimizerError: the family is unknown, or cannot train what the plan did.
         """
         entry, family = self[name], rules.get_family(family)
+        if entry.present != 1.0 and not family.foldable:
+            raise OptimizerError(
+                f"the forward pass multiplies {entry.name} by {entry.present:.4g} relative to the base, and an "
+                "optimizer whose steps depend on a weight's or a gradient's scale in a way of their own "
+                f"({family.name}) cannot make up for it. Initialize the weight with this factor instead"
+            )
         return (
             rules.depth_multipliers(self.rule, family, entry.role, entry.depth_multiplier)
             * rules.fold_multipliers(family, entry.folded)
@@ -244,6 +254,8 @@ class Plan:
         elif entry.scale != 1.0 or entry.scale_reason:
             reason = f": {entry.scale_reason}" if entry.scale_reason else ""
             lines.append(f"  its value at initialization is multiplied by {entry.scale:.6g}{reason}")
+        if entry.present != 1.0:
+            lines.append(f"  the forward pass multiplies it by {entry.present:.6g}, relative to the base")
         if entry.folded != 1.0:
             lines.append(
                 f"  it contains a forward multiplier of {entry.folded:.6g}; the numbers below make up for that"

@@ -15,6 +15,7 @@ from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
+from torch_depthmup.scaling.factors import with_factors
 from torch_depthmup.scaling.heads import with_head_sizes
 from torch_depthmup.scaling.initialization import (
     correction,
@@ -194,8 +195,10 @@ def make_plan(
         refusals.refuse_nested(found, streams)
         refusals.refuse_unreached(seen.model, found, copies)
     entries = _entries(seen, base, rule, streams, copies)
+    base_names = [] if base is None else [name for name, _ in base.model.named_parameters()]
     if base is not None and any(entry.width is not None and entry.width.widths for entry in entries):
         warn_without_sizes(base.model)
+        entries = with_factors(found, base.found, base_names, entries)
     trained = {name for name, parameter in seen.model.named_parameters() if parameter.requires_grad}
     multipliers = [rule.branch_multiplier(streams[b.stream].depth_multiplier) for b in found.branches]
     planned = tuple(
@@ -207,9 +210,8 @@ def make_plan(
     refusals.refuse_impossible(seen.model, planned, found, how)
     if how == "fold":
         supplied = {name: branch.supplied for branch in planned for name in branch.branch.carrier}
-        entries = [replace(entry, folded=supplied.get(entry.name, 1.0)) for entry in entries]
+        entries = [replace(entry, folded=entry.folded * supplied.get(entry.name, 1.0)) for entry in entries]
     if base is not None and any(entry.width is not None for entry in entries):
-        base_names = [name for name, _ in base.model.named_parameters()]
         entries = with_head_sizes(found, base.found, base_names, entries)
     entries, hung = with_readouts(seen.model, found, entries, copies, _missing_powers(seen, base, entries))
     if how == "wrap":
@@ -426,7 +428,7 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
     A value is multiplied by the forward multiplier that it will contain, and by what its size lacks.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        known = [replace(e, scale=None if e.initial else e.folded) for e in plan.entries]
+        known = [replace(e, scale=None if e.initial else e.folded * e.present) for e in plan.entries]
         return replace(plan, entries=tuple(known))
     originals = [entry for entry in plan.entries if copied(entry.name, plan.copies) is None]
     corrections = _corrections(originals, model)
@@ -440,12 +442,13 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
         if keep and abs(width * depth - 1) > NOTABLE:
             kept.append(f"{entry.name} ({1 / (width * depth):.3g} times its size)")
         factor = 1.0 if keep else width * depth
-        scale = entry.folded * factor
+        multiplier = entry.folded * entry.present  # the rest of what is folded, the value contains already
+        scale = multiplier * factor
         reason = [] if factor == 1 else [f"{factor:.4g} takes its size to that of the base"]
         if factor != 1 and width != 1:
             reason[-1] += f" at width_mult {entry.width.multiplier:g}" if entry.width else ""
-        if entry.folded != 1:
-            reason.append(f"{entry.folded:.4g} is a forward multiplier")
+        if multiplier != 1:
+            reason.append(f"{multiplier:.4g} is a forward multiplier")
         scale = 1.0 if abs(scale - 1) < 1e-9 else scale
         entries.append(replace(entry, scale=scale, scale_reason=", ".join(reason)))
     if kept:

@@ -113,7 +113,7 @@ def with_readouts(
         there = "" if power == 1 else f" ({present:.4g} of it is there already)"
         entry = replace(changed[entry.name], reason=f"{entry.reason}; a readout{there}")
         changed[entry.name] = entry
-        if multiplier == 1:
+        if multiplier * entry.present == 1:
             continue
         uses = found.uses.get(entry.name, ())
         if all(use.is_weight_operation and use.is_direct for use in uses):
@@ -126,9 +126,11 @@ def with_readouts(
                     "cannot be folded into it, and no module returns the product to hang it on. Use "
                     "mup.MuSharedReadout, or a base of the same width"
                 )
-            hung.append(Hook(*use.modules[0], multiplier))
+            hung.append(Hook(*use.modules[0], multiplier * entry.present))
             for partner in (changed[name] for name in use.partners if name in changed and name != entry.name):
                 if partner.width is None or not partner.width.widths:
-                    changed[partner.name] = replace(partner, folded=partner.folded / multiplier)
-        changed[entry.name] = replace(changed[entry.name], reason=f"{entry.reason}, its product times {multiplier:.4g}")
+                    changed[partner.name] = replace(partner, folded=partner.folded / (multiplier * entry.present))
+        changed[entry.name] = replace(
+            changed[entry.name], reason=f"{entry.reason}, its product times {multiplier * entry.present:.4g}"
+        )
     return list(changed.values()), tuple(dict.fromkeys(hung))

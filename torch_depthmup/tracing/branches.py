@@ -29,6 +29,7 @@ from torch_depthmup.tracing.choosing import (
     owners_of_sum,
     refuse_doubtful,
 )
+from torch_depthmup.tracing.conditioning import serving_one_block
 from torch_depthmup.tracing.graph import Graph, record
 from torch_depthmup.tracing.inside import describe_all, has_weights, inner_steps, is_tapped, owner_of
 from torch_depthmup.tracing.operations import Number
@@ -320,7 +321,9 @@ def trace(
     doubtful = [node for node, reason in reasons.items() if reason is Reason.DOUBTFUL]
     refuse_doubtful(graph, [node for node in doubtful if kept(owners_of_sum(graph, node))])
     reasons |= dict.fromkeys(doubtful, Reason.CHOSEN)
-    return dataclasses.replace(_assemble(graph, found, names), loose=loose, left_alone=_left_alone(graph, reasons))
+    made = _assemble(graph, found, names)
+    loose -= {name for branch in (traced.branch for traced in made.traced) for name in branch.inner}
+    return dataclasses.replace(made, loose=loose, left_alone=_left_alone(graph, reasons))
 
 
 def _left_alone(graph: Graph, reasons: Mapping[int, Reason]) -> tuple[LeftAlone, ...]:
@@ -353,6 +356,8 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
     streams, returned = streams_of(graph, found), returned_by(graph)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
     sides, shared = sides_of(graph, found, names, streams)
+    beside = serving_one_block(graph, found, names, streams)
+    sides |= {name: (i, 0) for name, i in beside.items() if name not in sides and name not in shared}
     carriers = _carriers(graph, found, sides)
     traced = []
     for i, residual in enumerate(found):

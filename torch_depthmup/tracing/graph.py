@@ -5,6 +5,7 @@ This room knows tensors, modules and autograd nodes, and no residual branches: `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class Node:
         is_scalar: whether its value is a single number.
         shape: of its value.
         function: the name of the user's autograd Function, if it is one.
-        factor: the number that it multiplies its operand with; 1 where there is none, or where it cannot be seen.
+        factor: the number that it multiplies its operand with; 1 where there is none, NaN where that is a tensor on
+            ``meta``.
     """
 
     kind: Kind
@@ -350,12 +352,10 @@ def _factor(kind: Kind, autograd_node: Any) -> float:
         return 1.0
     first_is_constant = autograd_node.next_functions[0][0] is None
     saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
-    if (
-        isinstance(saved, torch.Tensor)
-        and (saved.ndim or saved.is_meta)
-        or not isinstance(saved, torch.Tensor | float | int)
-    ):
+    if not isinstance(saved, torch.Tensor | float | int) or isinstance(saved, torch.Tensor) and saved.numel() != 1:
         return 1.0
+    if isinstance(saved, torch.Tensor) and saved.is_meta:
+        return math.nan
     number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
     return 1 / number if kind is Kind.DIVIDE and number else number
 

@@ -46,15 +46,19 @@ def sides_of(
         for name, side in residual.parts.sides.items():
             users.setdefault(name, {})[i] = side
     elsewhere: set[str] = set()
+    places: dict[str, int] = {}
     for i, node in enumerate(graph.nodes):
-        if node.is_data and i not in inside:
-            elsewhere |= {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+        if node.is_data:
+            used = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights}
+            elsewhere |= set() if i in inside else used
+            places |= {name: places.get(name, 0) + 1 for name in used}
     sides: dict[str, tuple[int, int]] = {}
     for name, at in users.items():
         innermost = min(at, key=lambda i: len(found[i].parts.nodes))
         nested = all(found[innermost].node in found[i].parts.nodes for i in at if i != innermost)
-        if name not in elsewhere and (nested or _are_parallel(at, found, streams)):
-            sides[name] = (innermost, at[innermost])
+        if name not in elsewhere and (nested or _are_parallel(at, found, streams, is_once=places[name] == 1)):
+            first = innermost if nested else max(at, key=lambda i: (streams.count(streams[i]), i == innermost))
+            sides[name] = (first, at[first])
     shared = users.keys() - sides.keys()
     # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
     # parameter is shared is one matrix at several depths.
@@ -63,16 +67,17 @@ def sides_of(
     return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
 
 
-def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]) -> bool:
+def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int], *, is_once: bool) -> bool:
     """Whether branches that use a weight on one side are one step of the network: the same place, or a stream each.
 
-    Joint attention has queries, keys and values of two streams in the branches of both.
+    Joint attention has queries, keys and values of two streams in the branches of both. Used once, they are not tied
+    where one of the streams is shorter, as of text that the last block of a diffusion transformer only reads.
     """
     if len(set(at.values())) > 1:
         return False
     from_one_place = len({found[i].start for i in at}) == 1
     depths = {streams.count(streams[i]) for i in at}
-    return from_one_place or (len({streams[i] for i in at}) == len(at) and len(depths) == 1)
+    return from_one_place or (len({streams[i] for i in at}) == len(at) and (len(depths) == 1 or is_once))
 
 
 def loose_matrices(graph: Graph, found: Sequence[ResidualAddition], excluded: set[str]) -> frozenset[str]:

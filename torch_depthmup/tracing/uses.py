@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch_depthmup.tracing.factors import Factors
 from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.operations import Kind
 
@@ -24,6 +25,9 @@ class Use:
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
         is_last: whether no weight operation follows.
         is_normalised: whether its value goes through a fused norm before anything that is not linear.
+        factor: the product of the numbers that the parameter, the data or the value are multiplied with around it, as
+            far as no other operation has a share in them.
+        scores_factor: what of ``factor`` stands behind it on the way to attention scores.
         modules: the modules that return its value, up to linear operations, as (name, which of its outputs).
         partners: the other parameters that are added to the value on its way out of these modules.
     """
@@ -36,6 +40,8 @@ class Use:
     is_direct: bool
     is_last: bool
     is_normalised: bool
+    factor: float
+    scores_factor: float
     modules: tuple[tuple[str, int], ...]
     partners: tuple[str, ...]
 
@@ -48,13 +54,14 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
             for output, at in enumerate(outputs):
                 returned.setdefault(at, []).append((module, output))
     uses: dict[str, list[Use]] = {}
-    last = _without_followers(graph)
+    last, factors = _without_followers(graph), Factors(graph)
     for i, node in enumerate(graph.nodes):
         weights = graph.weight_inputs(i) if node.is_data else []
         if not weights:
             continue
         data = graph.data_inputs(i)
         modules, partners, is_normalised = _afterwards(graph, i, returned)
+        after, is_scored = factors.after(i)
         names = {j: graph.nodes[j].weights for j in weights}
         for j in weights:
             for name in names[j]:
@@ -68,6 +75,8 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     is_direct=graph.nodes[j].is_direct,
                     is_last=i in last,
                     is_normalised=is_normalised,
+                    factor=factors.on_parameter(j, name) * factors.inside(i, j) * after,
+                    scores_factor=after if is_scored else 1.0,
                     modules=modules,
                     partners=(*others, *partners),
                 )
