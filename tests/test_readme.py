@@ -62,7 +62,7 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(
     monkeypatch.chdir(tmp_path)
     run(page)
     printed = capsys.readouterr().out
-    for shown in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         assert shown in printed
 
 
