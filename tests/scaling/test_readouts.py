@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +159,26 @@ def test_a_ratio_that_chance_explains_is_none() -> None:
     assert missing_power(Ratio(1.1, 0.05), 4) == 0 and missing_power(Ratio(2.1, 0.05), 4) == 0.5
     assert missing_power(Ratio(2.1, 0.3), 4) == 1 and missing_power(Ratio(2.1, 0.3), 4, is_plain=False) == 0.5
     assert missing_power(Ratio(40.0, 0.1), 4) == 1 and missing_power(Ratio(math.nan, 0.1), 4) == 1
+
+
+def _zeroed(width: int, depth: int, zero: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = [
+        dm.Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)))
+        for _ in range(depth)
+    ]
+    model = nn.Sequential(nn.Linear(5, width), *body, nn.LayerNorm(width), nn.Linear(width, 3))
+    for name, parameter in model.named_parameters():
+        if re.fullmatch(zero, name):
+            nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("zero", [r"\d+\.weight", r".*branch\.3\..*", r".*"], ids=["head and stem", "branches", "all"])
+def test_weights_that_start_at_zero_are_measured_and_stay_at_zero(zero):
+    model, x = _zeroed(32, 4, zero), torch.randn(4, 5)
+    before = {name for name, parameter in model.named_parameters() if not parameter.any()}
+    plan = dm.parametrize(model, base=_zeroed(8, 2, zero), example_inputs=x)
+    assert {name for name, parameter in model.named_parameters() if not parameter.any()} == before
+    head = list(plan.parameters)[-2]
+    assert plan[head].folded == pytest.approx(1 / 4) and plan[head].width.kind == "readout"

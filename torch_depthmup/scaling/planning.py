@@ -375,11 +375,18 @@ def _what_is_there(
     sizes: list[dict[int, float]] = [{}, {}]
     if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
         with widths.shaped(seen.model), widths.shaped(base.model):
-            factors = {name: width * depth for name, (width, depth) in corrections.items()}
+            scales = {name: width * depth for name, (width, depth) in corrections.items()}
             sizes = [
-                relative_sizes(seen.model, seen.inputs, seen.found, factors),
+                relative_sizes(seen.model, seen.inputs, seen.found, scales),
                 relative_sizes(base.model, base.inputs, base.found),
             ]
+    # Where the sizes of weights make up for numbers that multiply their product, none of those are left on the branch.
+    made_up_for = {e.name for e in entries if e.present != 1}
+    settled = {k for k, b in zip(ours, seen.found.branches, strict=True) if not made_up_for.isdisjoint(b.outer)}
+    numbers = [
+        [(1.0 if kinds[j] in settled else t.factors[0]) / t.factors[1] for j, t in enumerate(of.found.traced)]
+        for kinds, of in ((ours, seen), (theirs, base))
+    ]
     result = []
     unclear: list[str] = []
     for i, branch in enumerate(planned):
@@ -387,8 +394,8 @@ def _what_is_there(
         weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
         initial = 1 / corrections[weights[0]][1] if weights else 1.0
         mine, its = (
-            [(traced.factor, known.get(j)) for j, traced in enumerate(of.found.traced) if kinds[j] == ours[i]]
-            for of, known, kinds in zip((seen, base), sizes, (ours, theirs), strict=True)
+            [(number, known.get(j)) for j, number in enumerate(multiplied) if kinds[j] == ours[i]]
+            for multiplied, known, kinds in zip(numbers, sizes, (ours, theirs), strict=True)
         )
         forward, is_unclear = forward_factor(mine, its, ratio) if branch.multiplier != 1 else (1.0, False)
         unclear += [branch.branch.name] * is_unclear

@@ -106,7 +106,7 @@ class TracedBranch:
         nested: the indices of the branches inside it.
         is_tapped: whether what its carrier gives is used for something else besides the addition.
         sides: the side of each parameter in it, with those of the branches inside it.
-        factor: what numbers in the forward pass multiply it with, beside the skip.
+        factors: what numbers in the forward pass multiply it with, and the skip.
     """
 
     branch: Branch
@@ -115,7 +115,7 @@ class TracedBranch:
     nested: tuple[int, ...]
     is_tapped: bool
     sides: Mapping[str, Side]
-    factor: float = 1.0
+    factors: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -36,18 +36,18 @@ def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
     return streams
 
 
-def factors_of(graph: Graph, found: list[ResidualAddition]) -> list[float]:
-    """What the numbers in the forward pass multiply each branch with, beside the skip it is added to.
+def factors_of(graph: Graph, found: list[ResidualAddition]) -> list[tuple[float, float]]:
+    """What numbers in the forward pass multiply each branch with, and the skip that it is added to.
 
-    With ``h_l = a_l h_(l-1) + b_l f_l`` it is ``b_l / (a_1 ... a_l)``, and the product starts anew behind a norm: what
-    a stream is multiplied with at one addition stays on it.
+    With ``h_l = a_l h_(l-1) + b_l f_l`` they are ``b_l`` and ``a_1 ... a_l``: what a stream is multiplied with stays on
+    it, up to a norm.
     """
     skips: dict[int, float] = {}
     factors = []
     for residual in found:
         skip, end = _numbers(graph, residual.skip, skips)
         skips[residual.node] = skip * skips.get(end, 1.0)
-        factors.append(_numbers(graph, residual.branch, skips)[0] / skips[residual.node])
+        factors.append((_numbers(graph, residual.branch, skips)[0], skips[residual.node]))
     return factors
 
 
