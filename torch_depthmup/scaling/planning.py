@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, wit
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
+from torch_depthmup.tracing.streams import Numbers
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -372,10 +374,10 @@ def _what_is_there(
     ours = [_kind(b, kind_of) for b in seen.found.branches]
     theirs = [_kind(b, {name: base_kinds.get(normalise_name(name), "") for name in _inside(b)}) for b in
               base.found.branches]  # fmt: skip
+    scales = {name: width * depth for name, (width, depth) in corrections.items()}
     sizes: list[dict[int, float]] = [{}, {}]
     if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
         with widths.shaped(seen.model), widths.shaped(base.model):
-            scales = {name: width * depth for name, (width, depth) in corrections.items()}
             sizes = [
                 relative_sizes(seen.model, seen.inputs, seen.found, scales),
                 relative_sizes(base.model, base.inputs, base.found),
@@ -384,8 +386,8 @@ def _what_is_there(
     made_up_for = {e.name for e in entries if e.present != 1}
     settled = {k for k, b in zip(ours, seen.found.branches, strict=True) if not made_up_for.isdisjoint(b.outer)}
     numbers = [
-        [(1.0 if kinds[j] in settled else t.factors[0]) / t.factors[1] for j, t in enumerate(of.found.traced)]
-        for kinds, of in ((ours, seen), (theirs, base))
+        [_number(t.numbers, scale, kinds[j] in settled) for j, t in enumerate(of.found.traced)]
+        for of, kinds, scale in ((seen, ours, scales), (base, theirs, {}))
     ]
     result = []
     unclear: list[str] = []
@@ -410,6 +412,12 @@ def _what_is_there(
             stacklevel=5,
         )
     return tuple(result)
+
+
+def _number(numbers: Numbers, scales: Mapping[str, float], is_settled: bool) -> float:
+    """What numbers multiply a branch with beside its skip, once its scalars have the sizes that they should have."""
+    on_branch = numbers.branch * math.prod(scales.get(name, 1.0) for name in numbers.scalars)
+    return (1.0 if is_settled else on_branch) / numbers.skip
 
 
 def _inside(branch: Branch) -> tuple[str, ...]:
