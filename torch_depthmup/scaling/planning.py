@@ -73,7 +73,7 @@ def plan(
 
     On ``meta`` a model has no values, so the plan says which sizes they should start with, and `apply` scales them once
     the model has been materialised and initialized. What the forward pass has already
-    of a multiplier cannot be seen there.
+    of a multiplier is seen there if it is a number.
 
     >>> import torch, torch_depthmup as dm
     >>> def network(depth):
