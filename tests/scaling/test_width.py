@@ -8,7 +8,7 @@ import mup
 import pytest
 import torch
 from blocks import PreNorm
-from torch import nn
+from torch import Tensor, nn
 
 import torch_depthmup as dm
 from torch_depthmup.errors import PlanError
@@ -158,3 +158,30 @@ def test_an_initialization_that_ignores_width_is_brought_to_the_base() -> None:
     assert plan["1.fc1.weight"].scale == pytest.approx(0.5)  # 1 / sqrt(width_mult)
     assert plan["0.weight"].scale == 1 and plan["3.weight"].scale == pytest.approx(1 / 4)  # the readout's multiplier
     assert "0.5 takes its size to that of the base at width_mult 4" in plan.explain("1.fc1.weight")
+
+
+class LearnedQueries(nn.Module):
+    """Pools tokens with queries that are parameters, through heads of a fixed size."""
+
+    def __init__(self, width: int, spelling: str):
+        super().__init__()
+        self.spelling, self.stem, self.queries = spelling, nn.Linear(5, width), nn.Parameter(torch.randn(3, width))
+        self.norm, self.q, self.kv = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.norm(self.queries) if "norm" in self.spelling else self.queries
+        q = self.q(queries).expand(len(x), -1, -1) if "late" not in self.spelling else self.q(queries)[None]
+        k, v = self.kv(self.stem(x)).chunk(2, -1)
+        q, k, v = (z.unflatten(-1, (-1, 4)).transpose(1, 2) for z in (q, k, v))
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+        pooled = mixed.transpose(1, 2).flatten(2)
+        return self.head(pooled + queries if "residual" in self.spelling else pooled)
+
+
+@pytest.mark.parametrize("spelling", ["norm, residual", "norm", "late", "plain, residual"])
+def test_learned_queries_are_embeddings_and_not_readouts(spelling):
+    model, base = LearnedQueries(64, spelling), LearnedQueries(16, spelling)
+    plan = dm.plan(model, base=base, example_inputs=torch.randn(2, 7, 5), rule="mup")
+    assert plan["queries"].width.kind == "vector" and plan["queries"].folded == 1.0
+    assert plan["q.weight"].width.kind == "hidden"
