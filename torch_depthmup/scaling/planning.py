@@ -16,7 +16,7 @@ from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
-from torch_depthmup.scaling.factors import with_factors
+from torch_depthmup.scaling.factors import seen_powers, with_factors
 from torch_depthmup.scaling.heads import with_head_sizes
 from torch_depthmup.scaling.initialization import (
     correction,
@@ -73,7 +73,7 @@ def plan(
 
     On ``meta`` a model has no values, so the plan says which sizes they should start with, and `apply` scales them once
     the model has been materialised and initialized. What the forward pass has already
-    of a multiplier is seen there if it is a number.
+    of a branch's multiplier is seen there if it is a number.
 
     >>> import torch, torch_depthmup as dm
     >>> def network(depth):
@@ -224,16 +224,18 @@ def make_plan(
 
 
 def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedParameter]) -> dict[str, float]:
-    """Of each readout's 1 / width_mult what the forward pass lacks; nothing is known without values."""
+    """Of each readout's 1 / width_mult what the forward pass lacks; without values, as far as numbers tell."""
     if base is None or seen.inputs is None:
         return {}
+    names = [name for name, _ in base.model.named_parameters()]
+    powers = seen_powers(seen.found, base.found, names, entries)
     if not (seen.has_values and base.has_values):
         refuse_computed(seen.found, entries)
-        return {}
+        return powers
     factors = {name: width * depth for name, (width, depth) in _corrections(entries, seen.model).items()}
     with widths.shaped(seen.model), widths.shaped(base.model):
         pair = (seen.model, seen.inputs), (base.model, base.inputs)
-        return missing_powers(*pair, seen.found, base.found, entries, factors)
+        return missing_powers(*pair, seen.found, base.found, entries, factors, powers)
 
 
 def _is_frozen(branch: Branch, trained: set[str], copies: Sequence[Copy]) -> bool:

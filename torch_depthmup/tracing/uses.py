@@ -21,7 +21,7 @@ class Use:
         taken: shape of the data that it takes; empty where that is a constant or a lookup.
         given: shape of its value.
         operands: how many data it takes: 2 for a bilinear layer.
-        is_weight_operation: whether it is a matrix product, a convolution or the like.
+        is_weight_operation: whether it is a matrix product, a convolution or the like, and the parameter no bias of it.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
         is_last: whether no weight operation follows.
         is_normalised: whether its value goes through a fused norm before anything that is not linear.
@@ -71,11 +71,11 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     taken=graph.nodes[data[0]].shape if data else (),
                     given=node.shape,
                     operands=len(data),
-                    is_weight_operation=node.is_weight_operation,
+                    is_weight_operation=node.is_weight_operation and not factors.is_bias(i, j),
                     is_direct=graph.nodes[j].is_direct,
                     is_last=i in last,
                     is_normalised=is_normalised,
-                    factor=factors.on_parameter(j, name) * factors.inside(i, j) * after,
+                    factor=factors.of_use(i, j, name),
                     scores_factor=after if is_scored else 1.0,
                     modules=modules,
                     partners=(*others, *partners),
