@@ -51,6 +51,8 @@ class Node:
         function: the name of the user's autograd Function, if it is one.
         factor: the number that it multiplies its operand with; 1 where there is none, NaN where that is a tensor on
             ``meta``.
+        power: the power of a positive factor of its data that its value gets, 1 for what is linear and 2 for a square;
+            NaN where there is none. Of a product or quotient of two data it is each one's.
     """
 
     kind: Kind
@@ -66,6 +68,7 @@ class Node:
     shape: tuple[int, ...] = ()
     function: str = ""
     factor: float = 1.0
+    power: float = math.nan
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -332,6 +335,7 @@ def _node(
         shape=shapes[0] if shapes else (),
         function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
         factor=_factor(kind, autograd_node),
+        power=_power(kind, autograd_node),
     )
 
 
@@ -358,6 +362,21 @@ def _factor(kind: Kind, autograd_node: Any) -> float:
         return math.nan
     number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
     return 1 / number if kind is Kind.DIVIDE and number else number
+
+
+POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0, "Std": 1.0, "LinalgVectorNorm": 1.0, "Norm": 1.0}
+"""Of functions that are no kind of their own."""
+BOUNDED = ("ClampMin", "Clamp")  # from below, by what keeps a division from failing
+
+
+def _power(kind: Kind, autograd_node: Any) -> float:
+    name = type(autograd_node).__name__.partition("Backward")[0]
+    if name == "Pow":
+        exponent = getattr(autograd_node, "_saved_exponent", None)
+        return float(exponent) if isinstance(exponent, float | int) else math.nan
+    if kind.is_linear or kind.takes_one_factor_of_data or kind in (Kind.HOMOGENEOUS, Kind.MAX_POOL) or name in BOUNDED:
+        return 1.0
+    return POWERS.get(name, math.nan)
 
 
 def _multiplies_constant(kind: Kind, inputs: tuple[int, ...]) -> bool:
