@@ -216,3 +216,38 @@ def test_a_bias_that_is_computed_is_no_readout(spelling):
     plan = dm.parametrize(pair[0], base=pair[1], example_inputs=torch.randn(2, 7, 5), rule="mup")
     assert {plan[name].width.kind for name in ("q_bias", "v_bias")} == {"vector"}
     assert plan["qkv.weight"].width.kind == "hidden" and plan["head.weight"].folded == pytest.approx(1 / 4)
+
+
+NORMS = {
+    "fused": lambda z: F.layer_norm(z, (3,)),
+    "root mean square": lambda z: z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "layer norm": lambda z: (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, keepdim=True) + 1e-6),
+    "cast": lambda z: (z.double() / z.double().square().mean(-1, keepdim=True).add(1e-6).sqrt()).to(z.dtype),
+    "unit length": lambda z: F.normalize(z, dim=-1),
+    "largest": lambda z: z / z.abs().amax(-1, keepdim=True).clamp_min(1e-6),
+    "product with itself": lambda z: (z * z).mean(-1, keepdim=True).add(1e-6).pow(-0.5) * z,
+    "none": lambda z: z * 0.5,
+    "by another size": lambda z: z / (1 + z.square().mean(-1, keepdim=True)).exp(),
+    "square": lambda z: z * z,
+    "beside it": lambda z: z + z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6),
+}
+
+
+class Compressed(nn.Module):
+    """A projection to a fixed size, a norm, and a projection back, as in multi-head latent attention."""
+
+    def __init__(self, width: int, norm: str):
+        super().__init__()
+        self.norm, self.stem, self.head = norm, nn.Linear(5, width), nn.Linear(width, 2)
+        self.down, self.up = nn.Linear(width, 3), nn.Linear(3, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(NORMS[self.norm](self.down(self.stem(x))))))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_after_a_projection_to_a_fixed_size_is_seen_however_it_is_written(norm):
+    plan = dm.plan(Compressed(32, norm), base=Compressed(8, norm), example_inputs=torch.randn(4, 5), rule="mup")
+    is_norm = norm not in ("none", "by another size", "square", "beside it")
+    assert plan["down.weight"].width.kind == ("hidden" if is_norm else "readout")
+    assert plan["up.weight"].width.kind == "vector" and plan["head.weight"].width.kind == "readout"
