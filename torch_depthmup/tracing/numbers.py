@@ -26,14 +26,22 @@ def factor_of(kind: Kind, autograd_node: Any) -> float:
         return float(getattr(autograd_node, "_saved_alpha", 1.0) or 1.0)
     if kind not in (Kind.MULTIPLY, Kind.DIVIDE):
         return 1.0
+    names = ["_saved_other", "_saved_self"]
     first_is_constant = autograd_node.next_functions[0][0] is None
-    saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
-    if not isinstance(saved, torch.Tensor | float | int) or isinstance(saved, torch.Tensor) and saved.numel() != 1:
+    if first_is_constant or kind is Kind.MULTIPLY and not _is_number(autograd_node, names[0]):
+        names.reverse()
+    if not _is_number(autograd_node, names[0]):
         return 1.0
+    saved = getattr(autograd_node, names[0])
     if isinstance(saved, torch.Tensor) and saved.is_meta:
         return math.nan
     number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
     return 1 / number if kind is Kind.DIVIDE and number else number
+
+
+def _is_number(autograd_node: Any, name: str) -> bool:
+    saved = getattr(autograd_node, name, None)
+    return isinstance(saved, float | int) or isinstance(saved, torch.Tensor) and saved.numel() == 1
 
 
 def power_of(kind: Kind, autograd_node: Any) -> float:
