@@ -28,6 +28,10 @@ from torch_depthmup.diagnostics.transfer.runs import Job, Run
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.rules import FAMILIES, RULES, predicted_slopes
 
+sys.path.insert(0, str(Path(__file__).parent))
+import rule_tables  # noqa: E402  beside this file
+from rule_tables import table  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 ASKED = re.compile(r"^\{\{ (\w+)(?: (\S+))? \}\}$", re.MULTILINE)
 
@@ -42,20 +46,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with every ``{{ name argument }}`` replaced by what the function of that name writes."""
     return ASKED.sub(lambda found: WRITERS[found[1]](*filter(None, [found[2]])), markdown)
-
-
-def rules() -> str:
-    """A row for each rule: the exponents of r, the depth over that of the base."""
-    rows = []
-    for name, rule in RULES.items():
-        numbers = [-rule.alpha, rule.sgd, rule.sgd + rule.correction, rule.adam, rule.adam + rule.correction]
-        rows.append([f'`"{name}"`', *map(_power, numbers), "yes" if rule.width else "no"])
-    header = ["`rule=`", "branch", "SGD outer", "SGD inner", "Adam-like outer", "Adam-like inner", "mup's width"]
-    return table(header, rows)
-
-
-def _power(exponent: float) -> str:
-    return "1" if exponent == 0 else f"r^{exponent:g}"
 
 
 def slopes() -> str:
@@ -236,14 +226,13 @@ def horizon(path: str) -> str:
         return table(script.HEADER, script.regrets(csv.DictReader(file)))
 
 
-def table(header: Any, rows: Any) -> str:
-    """A table in Markdown."""
-    lines = [list(header), ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 WRITERS: dict[str, Callable[..., str]] = {
-    "rules": rules,
+    "rules": rule_tables.rules,
+    "alphas": rule_tables.alphas,
+    "in_depth": rule_tables.in_depth,
+    "in_width": rule_tables.in_width,
+    "starts": rule_tables.starts,
+    "folds": rule_tables.folds,
     "slopes": slopes,
     "columns": columns,
     "commands": commands,

@@ -56,9 +56,14 @@ def test_every_command_on_ones_own_network_is_shown() -> None:
 
 
 @pytest.mark.parametrize("page", list(filter(code_of, PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     run(page)
+    printed = capsys.readouterr().out
+    for shown in re.findall(r"^```\n\n```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        assert shown in printed
 
 
 def medians(setup: str, rule: str, depth: int) -> dict[float, float]:

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_transfer import HERE, WIDTH, Network, images
-from torch.nn import functional as F
+from cifar_transfer import WIDTH, Network
+from onepass import DATA, HERE, final, images, one_pass, shuffled
 
 import torch_depthmup as dm
 
@@ -40,25 +40,14 @@ HEADER = ["set-up", "learning rate", "best", "loss there", "regret of the tuned 
 
 def run(source: str, lr: float, seed: int, batch: int, duration: int, rule: bool) -> float:
     """Trains once through the images. Returns the mean of the last fifth of the losses."""
-    inputs, targets = images(source)
     torch.manual_seed(seed)
     model = Network(4, norm=True)
     multipliers = {"batch_multiplier": batch, "duration_multiplier": duration} if rule else {}
-    dm.parametrize(model, depth_multiplier=1, example_inputs=inputs[:4])
+    dm.parametrize(model, depth_multiplier=1, example_inputs=images(source)[0][:4])
     hidden = {"params": list(model.blocks.parameters()), "lr": lr}
     ends = {"params": [p for name, p in model.named_parameters() if "blocks" not in name], "lr": lr * WIDTH**0.5}
     optimizer = dm.AdamW([hidden, ends], betas=(0.9, 0.99), weight_decay=0.1, **multipliers)
-    losses = []
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))[: SAMPLES * duration]
-    for part in order.split(BATCH * batch):
-        loss = F.cross_entropy(model(inputs[part]), targets[part])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return math.inf
-    return statistics.fmean(losses[-len(losses) // 5 :])
+    return final(one_pass(model, optimizer, shuffled(source, seed, BATCH * batch, SAMPLES * duration)))
 
 
 def regrets(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
@@ -80,13 +69,12 @@ def regrets(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="an .npz file, or torchvision's folder for CIFAR-10")
+    parser.add_argument("--data", required=True, help=DATA)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--out", type=Path, default=HERE, metavar="DIR", help="of the CSV (default: beside this script)"
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)
     start, rows = time.perf_counter(), list[dict[str, Any]]()
     ways = [("tuned", "as it is"), *product([name for name in SETUPS if name != "tuned"], ["as it is", "rule"])]
     for (setup, how), lr, seed in product(ways, LRS, range(options.seeds)):

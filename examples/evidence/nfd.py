@@ -157,7 +157,8 @@ def drawn(found: dict[str, Rows]) -> Figure:
         ticks = sorted({row["depth"] for row in found[key]}) if key else widths
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
-        panel.legend(fontsize="x-small", frameon=False, loc="upper right" if panel is right else "lower left")
+        panel.legend(fontsize="x-small", frameon=False, loc="lower left" if panel is middle else "upper right")
+    left.get_legend().set_bbox_to_anchor((1, 0.93))  # below the line at the top
     return figure
 
 

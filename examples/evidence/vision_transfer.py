@@ -16,15 +16,10 @@ up to an hour and a half of one core.
 
 from __future__ import annotations
 
-import argparse
-import math
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from cifar_transfer import CLASSES, HERE, images
+from onepass import CLASSES, final, images, one_pass, parser_of, shuffled, swept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,51 +102,19 @@ class OnePass:
     steps: int
 
     def __call__(self, model: nn.Module, lr: float, seed: int) -> float:
-        torch.set_num_threads(1)
-        inputs, targets = images(self.source)
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))[: self.steps * BATCH]
         optimizer = dm.Adam(model, lr=lr)
-        model.train()
-        losses = []
-        for batch in order.split(BATCH):
-            loss = F.cross_entropy(model(inputs[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                return math.inf
-        last = losses[-len(losses) // 5 :]
-        return sum(last) / len(last)
+        return final(one_pass(model.train(), optimizer, shuffled(self.source, seed, BATCH, self.steps * BATCH)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="an .npz file, or torchvision's folder for CIFAR-10")
-    parser.add_argument("--setup", choices=NETWORKS, default="conv")
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = parser_of(__doc__, NETWORKS, [4, 16, 64])
     parser.add_argument("--steps", type=int, default=150, help="of a run; 781 are a pass (default 150)")
-    parser.add_argument("--lrs", type=int, nargs=2, metavar=("LOW", "HIGH"), help="powers of two, ends included")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default 1)")
-    parser.add_argument("--runs", type=Path, help="finished runs (default vision_transfer_SETUP.jsonl)")
     options = parser.parse_args()
-    low, high = options.lrs or LRS[options.setup]
-    name = f"vision_transfer_{options.setup}"
-    start = time.perf_counter()
-    with ProcessPoolExecutor(options.workers) as pool:
-        sweep = dm.diagnostics.transfer_sweep(
-            NETWORKS[options.setup], OnePass(options.data, options.steps), depths=options.depths,
-            lrs=[2.0**i for i in range(low, high + 1)], seeds=options.seeds, executor=pool,
-            path=options.runs or f"{name}.jsonl", example_inputs=images(options.data)[0][:16],
-        )  # fmt: skip
-    print(sweep)
-    print(f"{sum(run.seconds for run in sweep.runs):.0f} s of work, {time.perf_counter() - start:.0f} s now")
-    sweep.frame().to_csv(HERE / f"{name}.csv", index=False, float_format="%.6g")
-    title = f"CIFAR-10 at {SIDE} pixels, {options.steps} batches of {BATCH}, {options.setup}"
-    figure = dm.diagnostics.plots.transfer_figure(sweep, title=title)
-    figure.axes[0].yaxis.set_major_formatter("{x:.2f}")
-    figure.savefig(HERE.parent / "figures" / f"{name}.png", dpi=130)
+    swept(
+        f"vision_transfer_{options.setup}", NETWORKS[options.setup], OnePass(options.data, options.steps), options,
+        LRS[options.setup], f"CIFAR-10 at {SIDE} pixels, {options.steps} batches of {BATCH}, {options.setup}",
+        images(options.data)[0][:16],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

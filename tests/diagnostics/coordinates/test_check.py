@@ -17,7 +17,7 @@ from trained import check
 
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.coordinates.check import _of_the_network, coordinate_check
-from torch_depthmup.errors import DepthMuPError, PlanError
+from torch_depthmup.errors import DepthMuPError, MeasurementError, PlanError
 
 # Slopes of log size in log depth as the theory's simulations measured them; ranges by their middle.
 THEORY = {
@@ -185,6 +185,38 @@ def test_bad_input_is_one_clear_line(message: str, act: Callable[[Any], object])
     with pytest.raises(DepthMuPError) as caught:
         act(samples())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def frozen(depth: int, names: str) -> nn.Module:
+    """A network in which the parameters whose names contain one of these words do not learn."""
+    model = Canonical(depth)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(word in name for word in names.split()))
+    return model
+
+
+@pytest.mark.parametrize(
+    "names, loss, message",
+    [
+        ("weight", None, "every parameter of Canonical is frozen"),
+        ("blocks", None, "all inner matrices of the branches blocks.# are frozen (requires_grad=False), blocks.0"),
+        ("outer", None, "all outer matrices of the branches blocks.# are frozen"),
+        ("-", lambda output, target: (output.detach() - target).square().mean(), "it was detached"),
+        ("-", lambda output, target: (output - target).square().mean().item(), "the loss is a float"),
+        ("-", lambda output, target: (output - target).square(), "the loss is a tensor of shape (8, 1)"),
+    ],
+)
+def test_a_network_that_cannot_learn_is_one_clear_line(names: str, loss: Any, message: str) -> None:
+    with pytest.raises(MeasurementError) as caught:
+        check(make=lambda depth: frozen(depth, names), depths=(2, 4), loss=loss)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["stem head", "blocks.0."], ids=["the ends", "one block"])
+def test_what_is_frozen_beside_is_no_matter(names: str) -> None:
+    """The advice of the refusals is right: what learns in every kind of branches is checked."""
+    slopes = check(make=lambda depth: frozen(depth, names), depths=(2, 4), seeds=1).slopes
+    assert {slope.quantity for slope in slopes} == {"branch", "inner", "outer", "stream", "function"}
 
 
 def test_an_unknown_rule_is_refused() -> None:

@@ -23,12 +23,13 @@ from torch_depthmup.diagnostics.monitor.recording import COLUMNS, FeatureMonitor
 from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integer, positive_integers, seeds_of
 from torch_depthmup.diagnostics.shared.extras import frame
 from torch_depthmup.diagnostics.shared.progress import bar
-from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, default_loss, own_random_state, take
+from torch_depthmup.diagnostics.shared.training import OPTIMIZERS, default_loss, own_random_state, take, trainable
 from torch_depthmup.errors import DepthMuPError, MeasurementError, ignores_depth, ignores_width
 from torch_depthmup.rules import Family, Rule, get_family, get_rule
 from torch_depthmup.running import call, without_numbers
 from torch_depthmup.scaling.apply import parametrize
 from torch_depthmup.tables import columns
+from torch_depthmup.tracing.branches import SIDES, Branch
 
 if TYPE_CHECKING:
     import pandas
@@ -157,7 +158,7 @@ def coordinate_check(
         The slopes, verdicts and mistakes.
 
     Raises:
-        MeasurementError: a factory that ignores depth or width, or values that are not finite.
+        MeasurementError: a factory that ignores depth or width, values that are not finite, or nothing that learns.
         DepthMuPError: fewer than two depths or other wrong arguments, and as raised by `parametrize`.
 
     Source: the coordinate check of arXiv 2203.03466, appendix D.1, in depth; exponents from `rules.predicted_slopes`.
@@ -189,6 +190,7 @@ def coordinate_check(
                 prepare(model, base)
                 monitor = FeatureMonitor(model, take(batches[0][0], slice(PROBE)))
                 _check_depth(found, depth, len(monitor.branches))
+                _check_learns(model, monitor.branches)
                 _train(model, make_optimizer(model), batches, steps, loss, monitor)
                 rows += [_row(row, depth, width, seed) for row in monitor.rows]
                 monitor.close()
@@ -258,6 +260,24 @@ def _check_depth(found: dict[int, int], depth: int, branches: int) -> None:
             raise MeasurementError(ignores_depth(branches, other, depth))
 
 
+def _check_learns(model: nn.Module, branches: Sequence[Branch]) -> None:
+    """That on each side of each kind of branches some matrix moves: one that is frozen has no update, and no slope."""
+    matrices = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return  # what trains says so
+    sides: dict[tuple[str, str], list[str]] = {}
+    for branch in branches:
+        for side in SIDES:
+            sides.setdefault((side, without_numbers(branch.name)), []).extend(getattr(branch, side))
+    for (place, kind), names in sides.items():
+        frozen = [name for name in names if name in matrices]
+        if frozen and not any(matrices[name] for name in frozen):
+            raise MeasurementError(
+                f"all {place} matrices of the branches {kind} are frozen (requires_grad=False), {frozen[0]} for one, "
+                "so that their update has no slope. Unfreeze them in the factory, with model.requires_grad_(True)"
+            )
+
+
 def _check_width(make_model: Callable[..., nn.Module], grid: list[tuple[int, int | None]]) -> None:
     shallow, narrow, wider = grid[0][0], grid[0][1], grid[1][1]
     if narrow is None or wider is None or narrow == wider:
@@ -280,7 +300,7 @@ def _train(
     for step in range(steps):
         inputs, targets = batches[step % len(batches)]
         optimizer.zero_grad()
-        value = (loss or default_loss)(call(model, inputs), targets)
+        value = trainable((loss or default_loss)(call(model, inputs), targets), model)
         if not value.isfinite():
             depth = max(branch.additions for branch in monitor.branches)
             raise MeasurementError(

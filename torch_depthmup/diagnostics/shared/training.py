@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.shared.arguments import checked_samples, positive_integers
-from torch_depthmup.errors import DepthMuPError
+from torch_depthmup.errors import DepthMuPError, MeasurementError
 from torch_depthmup.optim import SGD, Adam, AdamW
 from torch_depthmup.running import call, main_output
 
-__all__ = ["OPTIMIZERS", "Training", "default_loss", "own_random_state", "take"]
+__all__ = ["OPTIMIZERS", "Training", "default_loss", "own_random_state", "take", "trainable"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 DIVERGED = 2.0  # a loss above so many times that of the first batch is past the edge of stability, finite or not
@@ -63,7 +63,7 @@ class Training:
         first = math.nan
         for step in range(self.steps):
             batch = torch.randint(len(self.targets), (self.batch_size,), generator=generator)
-            loss = self._loss(model, batch)
+            loss = trainable(self._loss(model, batch), model)
             value = loss.item()
             if not math.isfinite(value):
                 return math.inf
@@ -98,6 +98,28 @@ def default_loss(output: Any, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return nn.functional.mse_loss(value, targets.reshape(value.shape))
     return nn.functional.cross_entropy(value.flatten(0, -2), targets.flatten())
+
+
+def trainable(loss: Any, model: nn.Module) -> Tensor:
+    """The loss itself, where training can begin at it.
+
+    Raises:
+        MeasurementError: it is no number in a tensor, or no parameter of the model is behind it.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise MeasurementError(f"the loss is {found}. Return a tensor that holds one number, such as a mean")
+    if loss.requires_grad:
+        return loss
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise MeasurementError(
+            f"every parameter of {type(model).__name__} is frozen (requires_grad=False), so that nothing can be "
+            "trained. Unfreeze what should learn, or all of it with model.requires_grad_(True)"
+        )
+    raise MeasurementError(
+        f"no parameter of {type(model).__name__} that can be trained is behind the loss: it was detached, or is not "
+        "computed from the output. Let it be, without detach(), item() or torch.no_grad()"
+    )
 
 
 def take(inputs: Any, which: Any) -> Any:
