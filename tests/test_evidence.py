@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Callable
 from statistics import fmean
 
 import pytest
+import torch
+from models import FIELD, MORE, TABLE, TORCH_MODELS
 from pages import ROOT
+from torch import nn
+
+import torch_depthmup as dm
+
+sys.path.append(str(ROOT / "examples" / "evidence"))
+import peers  # noqa: E402  a script there
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -62,3 +72,66 @@ def test_what_the_page_of_batch_sizes_says_of_the_tuned_rate(setup: str, as_it_i
     page = (ROOT / "docs" / "how-to" / "batch_size.md").read_text()
     for how, said in (("as it is", as_it_is), ("rule", rule)):
         assert f"{loss_of(setup, how, 2.0**-9):.{len(said) - 2}f}" == said and said in page
+
+
+def after_two_steps(peer: str, depth: int, scaled: Callable[[int], nn.Module] | None = None) -> float:
+    """The loss on one batch; ``scaled`` makes the model in place of the peer's file."""
+    torch.manual_seed(0)
+    its = peers.module(peer)
+    model, optimizer = its.make(depth, True, 1e-2)
+    if scaled:
+        torch.manual_seed(0)
+        model = scaled(depth)
+        optimizer = dm.Adam(model.parameters(), lr=1e-2)
+    x, y = torch.randn(16, 768, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
+    return peers.one_pass(model, optimizer, [(x, y)] * 3, its.loss)[-1]
+
+
+def complete(depth: int) -> nn.Module:
+    """The plain network under this package's CompleteP."""
+    make = peers.module("plain torch").Network
+    model = make(depth, True)
+    state = torch.random.get_rng_state()
+    dm.parametrize(model, base=make(4, True), example_inputs=torch.ones(1, 768), rule="complete-p")
+    torch.random.set_rng_state(state)
+    return model
+
+
+def test_the_peers_network_is_one_at_the_base() -> None:
+    plain = after_two_steps("plain torch", 4)
+    assert {after_two_steps(peer, 4) for peer in ("CompleteP by hand", "torch_depthmup")} == {plain}
+
+
+def test_complete_p_by_hand_is_this_packages() -> None:
+    by_hand = after_two_steps("CompleteP by hand", 16)
+    assert by_hand == pytest.approx(after_two_steps("plain torch", 16, complete), rel=1e-4)
+    assert by_hand != pytest.approx(after_two_steps("plain torch", 16), rel=1e-2)
+
+
+@pytest.mark.parametrize("peer", ["mup", "unit-scaling"])
+def test_the_other_peers_train(peer: str) -> None:
+    assert after_two_steps(peer, 4) < 2.5
+
+
+def test_the_networks_of_others_that_peers_were_tried_on_are_those_of_the_zoo() -> None:
+    zoo, tried = (
+        {e.name for e in (*TORCH_MODELS, *TABLE, *MORE, *FIELD)},
+        {r["network"] for r in peers.committed("zoo")},
+    )
+    assert tried <= zoo and len(zoo - tried) <= 10  # those added since
+
+
+def test_peers_were_trained_on_the_same_seeds() -> None:
+    found = {(r["peer"], r["blocks"], r["depth"], r["seed"]) for r in peers.committed("depth")}
+    assert len(found) == len(peers.PEERS) * 2 * 2 * 3
+
+
+def test_a_regret_is_the_paired_difference_to_the_deep_optimum() -> None:
+    losses = {4: {-3: (3, 3), -2: (1, 1), -1: (2, 2)}, 32: {-3: (1.0, 1.5), -2: (1.5, 2.25), -1: (9, 9)}}
+    rows = [
+        {"peer": "a", "blocks": "b", "depth": depth, "log2_lr": lr, "seed": seed, "loss": loss}
+        for depth, curve in losses.items() for lr, of in curve.items() for seed, loss in enumerate(of)
+    ]  # fmt: skip
+    said = peers.regret(rows, "a", "b")
+    assert said["best"] == {4: "2^-2", 32: "<= 2^-3"}
+    assert (said["regret"], said["error"]) == pytest.approx((0.625, 0.125))
