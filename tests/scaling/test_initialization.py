@@ -164,11 +164,26 @@ def test_sizes_are_those_of_pytorchs_default_where_values_look_like_it() -> None
     assert initial_size(torch.ones(4, device="meta")) is None
 
 
+def sized(*sizes: float) -> list[tuple[float, float | None]]:
+    return [(1.0, size) for size in sizes]
+
+
+def numbered(*numbers: float) -> list[tuple[float, float | None]]:
+    return [(number, None) for number in numbers]
+
+
 def test_branch_sizes_must_differ_by_more_than_chance() -> None:
-    assert forward_factor([0.5] * 8, [1.0] * 2, 4.0) == pytest.approx(0.5)
-    assert forward_factor([0.98] * 8, [1.0] * 2, 4.0) == 1
-    assert forward_factor([0.1, 5.0, 0.3, 2.0], [1.0, 9.0], 4.0) == 1
-    assert forward_factor([], [1.0], 4.0) == 1
+    assert forward_factor(sized(*[0.5] * 8), sized(1.0, 1.0), 4.0) == (pytest.approx(0.5), False)
+    assert forward_factor(sized(*[0.98] * 8), sized(1.0, 1.0), 4.0) == (1, False)
+    assert forward_factor(sized(0.1, 5.0, 0.3, 2.0), sized(1.0, 9.0), 4.0) == (1, False)
+    assert forward_factor([], sized(1.0), 4.0) == (1, False)
+
+
+def test_numbers_in_the_forward_pass_are_known_exactly() -> None:
+    assert forward_factor(numbered(*[0.5**0.5] * 4), numbered(1.0, 1.0), 2.0) == (pytest.approx(2**-0.5), False)
+    assert forward_factor(numbered(*[0.7] * 4), numbered(0.7, 0.7), 2.0) == (1, False)
+    shrinking = numbered(*[0.5**layer for layer in range(8)])
+    assert forward_factor(shrinking, shrinking[:2], 4.0) == (1, True)  # skips that are doubled at every addition
 
 
 def test_few_values_are_not_taken_for_another_size() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +159,71 @@ def test_a_ratio_that_chance_explains_is_none() -> None:
     assert missing_power(Ratio(1.1, 0.05), 4) == 0 and missing_power(Ratio(2.1, 0.05), 4) == 0.5
     assert missing_power(Ratio(2.1, 0.3), 4) == 1 and missing_power(Ratio(2.1, 0.3), 4, is_plain=False) == 0.5
     assert missing_power(Ratio(40.0, 0.1), 4) == 1 and missing_power(Ratio(math.nan, 0.1), 4) == 1
+
+
+def _zeroed(width: int, depth: int, zero: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = [
+        dm.Residual(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)))
+        for _ in range(depth)
+    ]
+    model = nn.Sequential(nn.Linear(5, width), *body, nn.LayerNorm(width), nn.Linear(width, 3))
+    for name, parameter in model.named_parameters():
+        if re.fullmatch(zero, name):
+            nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("zero", [r"\d+\.weight", r".*branch\.3\..*", r".*"], ids=["head and stem", "branches", "all"])
+def test_weights_that_start_at_zero_are_measured_and_stay_at_zero(zero):
+    model, x = _zeroed(32, 4, zero), torch.randn(4, 5)
+    before = {name for name, parameter in model.named_parameters() if not parameter.any()}
+    plan = dm.parametrize(model, base=_zeroed(8, 2, zero), example_inputs=x)
+    assert {name for name, parameter in model.named_parameters() if not parameter.any()} == before
+    head = list(plan.parameters)[-2]
+    assert plan[head].folded == pytest.approx(1 / 4) and plan[head].width.kind == "readout"
+
+
+class Routed(nn.Module):
+    """Two experts, weighted by a router that is a bare parameter, with numbers around its product."""
+
+    def __init__(self, width: int, spelling: str):
+        super().__init__()
+        self.norm, self.spelling = nn.LayerNorm(width), spelling
+        self.router = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        x, n = self.norm(h), h.shape[-1]
+        scores = {
+            "plain": lambda: x @ self.router.T,
+            "value": lambda: x @ self.router.T * (BASE / n),
+            "data": lambda: F.linear(x / math.sqrt(n), self.router),
+            "weight": lambda: torch.einsum("btn,kn->btk", x, self.router / n),
+            "grows": lambda: (x @ self.router.T) * math.sqrt(n),
+        }[self.spelling]()
+        shares = torch.softmax(scores, -1)
+        return h + sum(shares[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "power"), [("plain", 1), ("value", 0), ("data", 0.5), ("weight", 0), ("grows", 1.5)]
+)
+def test_a_router_that_no_module_returns_gets_what_the_numbers_around_it_leave(spelling, power):
+    def network(width):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(WORDS, width), *[Routed(width, spelling) for _ in range(2)])
+
+    plan = dm.plan(network(4 * BASE), base=network(BASE), example_inputs=TOKENS, rule="mup")
+    assert plan["1.router"].folded == pytest.approx(4**-power)
+    assert ("already" in plan.explain("1.router")) == (power < 1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "MiniCPM's", "logits times base / width", "logits over the root of the width"]
+)
+def test_on_meta_the_numbers_around_a_readout_are_seen(kind):
+    with torch.device("meta"):
+        model = reader(kind, 4 * BASE)
+    plan = dm.plan(model, base=reader(kind, BASE), example_inputs=TOKENS, rule="mup")
+    assert plan["head.weight"].folded == pytest.approx(4 ** -HEADS[kind][2])

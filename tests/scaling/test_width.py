@@ -8,7 +8,8 @@ import mup
 import pytest
 import torch
 from blocks import PreNorm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import torch_depthmup as dm
 from torch_depthmup.errors import PlanError
@@ -158,3 +159,95 @@ def test_an_initialization_that_ignores_width_is_brought_to_the_base() -> None:
     assert plan["1.fc1.weight"].scale == pytest.approx(0.5)  # 1 / sqrt(width_mult)
     assert plan["0.weight"].scale == 1 and plan["3.weight"].scale == pytest.approx(1 / 4)  # the readout's multiplier
     assert "0.5 takes its size to that of the base at width_mult 4" in plan.explain("1.fc1.weight")
+
+
+class LearnedQueries(nn.Module):
+    """Pools tokens with queries that are parameters, through heads of a fixed size."""
+
+    def __init__(self, width: int, spelling: str):
+        super().__init__()
+        self.spelling, self.stem, self.queries = spelling, nn.Linear(5, width), nn.Parameter(torch.randn(3, width))
+        self.norm, self.q, self.kv = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.norm(self.queries) if "norm" in self.spelling else self.queries
+        q = self.q(queries).expand(len(x), -1, -1) if "late" not in self.spelling else self.q(queries)[None]
+        k, v = self.kv(self.stem(x)).chunk(2, -1)
+        q, k, v = (z.unflatten(-1, (-1, 4)).transpose(1, 2) for z in (q, k, v))
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+        pooled = mixed.transpose(1, 2).flatten(2)
+        return self.head(pooled + queries if "residual" in self.spelling else pooled)
+
+
+@pytest.mark.parametrize("spelling", ["norm, residual", "norm", "late", "plain, residual"])
+def test_learned_queries_are_embeddings_and_not_readouts(spelling):
+    model, base = LearnedQueries(64, spelling), LearnedQueries(16, spelling)
+    plan = dm.plan(model, base=base, example_inputs=torch.randn(2, 7, 5), rule="mup")
+    assert plan["queries"].width.kind == "vector" and plan["queries"].folded == 1.0
+    assert plan["q.weight"].width.kind == "hidden"
+
+
+class ComputedBias(nn.Module):
+    """A fused projection whose bias is put together from parameters, as BEiT's, EVA's and Swin V2's."""
+
+    def __init__(self, width: int, spelling: str):
+        super().__init__()
+        self.spelling, self.stem, self.qkv = spelling, nn.Linear(5, width), nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = self.stem(x), self.qkv.weight
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        made = {
+            "linear": lambda: F.linear(h, w, bias),
+            "addmm": lambda: torch.addmm(bias, h.flatten(0, 1), w.T).unflatten(0, h.shape[:2]),
+            "convolution": lambda: F.conv1d(h.transpose(1, 2), w[..., None], 2 * bias).transpose(1, 2),
+            "baddbmm": lambda: torch.baddbmm(bias.sin(), h, w.T.expand(len(h), -1, -1)),
+        }[self.spelling]()
+        q, k, v = made.chunk(3, -1)
+        return self.head(self.out(torch.sigmoid(q) * k + v))
+
+
+@pytest.mark.parametrize("spelling", ["linear", "addmm", "convolution", "baddbmm"])
+def test_a_bias_that_is_computed_is_no_readout(spelling):
+    pair = ComputedBias(32, spelling), ComputedBias(8, spelling)
+    plan = dm.parametrize(pair[0], base=pair[1], example_inputs=torch.randn(2, 7, 5), rule="mup")
+    assert {plan[name].width.kind for name in ("q_bias", "v_bias")} == {"vector"}
+    assert plan["qkv.weight"].width.kind == "hidden" and plan["head.weight"].folded == pytest.approx(1 / 4)
+
+
+NORMS = {
+    "fused": lambda z: F.layer_norm(z, (3,)),
+    "root mean square": lambda z: z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "layer norm": lambda z: (z - z.mean(-1, keepdim=True)) / torch.sqrt(z.var(-1, keepdim=True) + 1e-6),
+    "cast": lambda z: (z.double() / z.double().square().mean(-1, keepdim=True).add(1e-6).sqrt()).to(z.dtype),
+    "unit length": lambda z: F.normalize(z, dim=-1),
+    "largest": lambda z: z / z.abs().amax(-1, keepdim=True).clamp_min(1e-6),
+    "product with itself": lambda z: (z * z).mean(-1, keepdim=True).add(1e-6).pow(-0.5) * z,
+    "none": lambda z: z * 0.5,
+    "by another size": lambda z: z / (1 + z.square().mean(-1, keepdim=True)).exp(),
+    "square": lambda z: z * z,
+    "beside it": lambda z: z + z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6),
+}
+
+
+class Compressed(nn.Module):
+    """A projection to a fixed size, a norm, and a projection back, as in multi-head latent attention."""
+
+    def __init__(self, width: int, norm: str):
+        super().__init__()
+        self.norm, self.stem, self.head = norm, nn.Linear(5, width), nn.Linear(width, 2)
+        self.down, self.up = nn.Linear(width, 3), nn.Linear(3, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(NORMS[self.norm](self.down(self.stem(x))))))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_after_a_projection_to_a_fixed_size_is_seen_however_it_is_written(norm):
+    plan = dm.plan(Compressed(32, norm), base=Compressed(8, norm), example_inputs=torch.randn(4, 5), rule="mup")
+    is_norm = norm not in ("none", "by another size", "square", "beside it")
+    assert plan["down.weight"].width.kind == ("hidden" if is_norm else "readout")
+    assert plan["up.weight"].width.kind == "vector" and plan["head.weight"].width.kind == "readout"

@@ -18,7 +18,7 @@ from torch_depthmup.scaling.plan import PlannedParameter
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.uses import Use
 
-__all__ = ["warn_unseen", "with_factors"]
+__all__ = ["seen_powers", "warn_unseen", "with_factors"]
 
 ALIKE = 1e-6  # relative distance within which two factors are one
 
@@ -28,7 +28,7 @@ def with_factors(
 ) -> list[PlannedParameter]:
     """The parameters that have a width, with the factor on them that is there, relative to the base.
 
-    A readout's is measured elsewhere, but for what an embedding of the same values is multiplied with; and what scales
+    Of a readout it is what an embedding of the same values is multiplied with (see `seen_powers`); and what scales
     attention scores is a matter of the size of heads, where that differs from the base's.
 
     Raises:
@@ -42,7 +42,8 @@ def with_factors(
         other = others[entry.name]
         if entry.width is not None and entry.width.widths and other is not None and other.name in names:
             pair = found.uses.get(entry.name, ()), base_found.uses.get(names[other.name], ())
-            ratio = _ratio(entry, *pair, is_resized=entry.name in resized)
+            kept = [_factors(entry, uses, is_resized=entry.name in resized) for uses in pair]
+            ratio = _ratio(entry.name, *kept)
             if math.isnan(ratio):
                 unseen.append(entry.name)
             elif abs(ratio - 1) > ALIKE:
@@ -58,8 +59,7 @@ def with_factors(
     return changed
 
 
-def _ratio(entry: PlannedParameter, uses: Sequence[Use], base_uses: Sequence[Use], *, is_resized: bool) -> float:
-    ours, theirs = (_factors(entry, group, is_resized=is_resized) for group in (uses, base_uses))
+def _ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> float:
     if any(map(math.isnan, (*ours, *theirs))):
         return math.nan
     if len(ours) == len(theirs) == 1:
@@ -70,22 +70,59 @@ def _ratio(entry: PlannedParameter, uses: Sequence[Use], base_uses: Sequence[Use
         return 1.0
     both = [", ".join(f"{factor:.4g}" for factor in group) for group in (ours, theirs)]
     raise PlanError(
-        f"{entry.name} is used in several places that multiply it by {both[0]}, in the base by {both[1]}, so that no "
+        f"{name} is used in several places that multiply it by {both[0]}, in the base by {both[1]}, so that no "
         "one size and learning rate is right. Multiply it alike everywhere, or keep the base as wide as the model here"
     )
 
 
 def _factors(entry: PlannedParameter, uses: Sequence[Use], *, is_resized: bool) -> list[float]:
-    """The different factors with which a parameter is used, without signs and in order."""
+    """The different factors with which a parameter is used: a readout, but for where it reads out."""
     assert entry.width is not None
     is_readout = entry.width.kind == "readout"
+    kept = [use for use in uses if not (is_readout and use.is_weight_operation)]
+    return _different(use.factor / (use.scores_factor if is_resized else 1.0) for use in kept)
+
+
+def _different(factors: Iterable[float]) -> list[float]:
+    """Factors that differ, without signs and in order."""
     found: list[float] = []
-    for use in uses:
-        factor = abs(use.factor / (use.scores_factor if is_resized else 1.0))
-        is_new = not any(math.isclose(factor, known, rel_tol=ALIKE) for known in found)
-        if factor != 0 and is_new and not (is_readout and use.is_weight_operation):
+    for factor in map(abs, factors):
+        if factor != 0 and not any(math.isclose(factor, known, rel_tol=ALIKE) for known in found):
             found.append(factor)
     return sorted(found)
+
+
+def seen_powers(
+    found: Trace, base_found: Trace, base_names: Iterable[str], entries: Sequence[PlannedParameter]
+) -> dict[str, float]:
+    """For each readout the exponent of 1 / width_mult that the numbers around its product leave, where not all of it.
+
+    Raises:
+        PlanError: it reads out in several places with different numbers.
+    """
+    names = {normalise_name(name): name for name in base_names}
+    others = counterparts([entry.name for entry in entries], names)
+    powers, unseen = {}, []
+    for entry in entries:
+        other, width = others[entry.name], entry.width
+        if (
+            width is None
+            or width.kind != "readout"
+            or width.multiplier == 1
+            or other is None
+            or other.name not in names
+        ):
+            continue
+        groups = found.uses.get(entry.name, ()), base_found.uses.get(names[other.name], ())
+        kept = [_different(use.factor for use in uses if use.is_weight_operation) for uses in groups]
+        ratio = _ratio(entry.name, *kept)
+        if math.isnan(ratio):
+            unseen.append(entry.name)
+        elif abs(ratio - 1) > ALIKE:
+            powers[entry.name] = 1 + math.log(ratio) / math.log(width.multiplier)
+    if unseen:
+        warn_unseen(unseen)
+    return powers
 
 
 def warn_unseen(names: Sequence[str]) -> None:

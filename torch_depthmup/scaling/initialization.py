@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ FEW = 4.0  # ... and this share of it more for each degree of freedom that is mi
 RARE = 1e-4  # how seldom uniform values may all be as far from their bound as some are
 NORMAL = 3.0  # kurtosis of normal values
 ROUNDING = 1e-6  # spread, relative to the size, of values that are all the same
+UNEVEN = 0.75  # share of a factor that may change along a stream: 0.55 for 1 / sqrt(l), 1 for a ** l
 RELATIVE = 0.01  # and this much of it, at least: initializations truncate and round
 POWERS = (
     ((0.0, 0.0),),
@@ -167,31 +169,84 @@ def relative_sizes(
     return sizes
 
 
-def forward_factor(sizes: Sequence[float], base_sizes: Sequence[float], depth_multiplier: float) -> float:
+Beside = Sequence[tuple[float, float | None]]
+"""Of each branch of a kind, what numbers multiply it with, and its measured size; both beside its skip."""
+
+
+def forward_factor(ours: Beside, base: Beside, depth_multiplier: float) -> tuple[float, bool]:
     """The factor that the forward pass of a deep network has on one kind of branch, relative to its base.
 
     Args:
-        sizes: of the branches of this kind beside their skips, from `relative_sizes`.
-        base_sizes: of those of the base.
+        ours: the branches of this kind, with sizes from `relative_sizes` where there are any.
+        base: those of the base.
         depth_multiplier: additions over those of the base.
 
     Returns:
-        A power of the depth multiplier below 1; 1 where branches are as large as those of the base, or where chance
-        could explain that they are smaller.
+        The factor, 1 where branches are as large as those of the base, or where chance could explain that they are
+        smaller; and whether something besides such a factor makes them differ: numbers that grow or shrink layer upon
+        layer, as where skips are multiplied over and over.
     """
-    if not sizes or not base_sizes or depth_multiplier <= 1:
-        return 1.0
-    logs = [list(map(math.log, group)) for group in (sizes, base_sizes)]
-    means = [sum(group) / len(group) for group in logs]
-    spread = [sum((x - mean) ** 2 for x in group) for group, mean in zip(logs, means, strict=True)]
-    free = max(len(logs[0]) + len(logs[1]) - 2, 1)
-    deviation = max(math.sqrt(sum(spread) / free), LEAST)
-    # Of few branches the scatter may come out small by chance, so they must differ by more.
-    margin = SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
-    difference = means[0] - means[1]
+    if not ours or not base or depth_multiplier <= 1:
+        return 1.0, False
+    known = _known_factor([number for number, _ in ours], [number for number, _ in base], depth_multiplier)
+    mine, its = (
+        [math.log(size / (number if known else 1)) for number, size in group if size] for group in (ours, base)
+    )
+    if not mine or not its:
+        return known or 1.0, known is None
+    measured, is_unclear = _measured_factor(mine, its, depth_multiplier)
+    # What grows along the stream may be made up for: a branch without a norm grows with its skip.
+    return (known or 1.0) * measured, is_unclear or known is None and _follows(mine, [math.log(n) for n, _ in ours])
+
+
+def _follows(sizes: Sequence[float], numbers: Sequence[float]) -> bool:
+    """Whether sizes change along a stream as the numbers do, rather than not at all; both logs."""
+    mean = _average(numbers)
+    spread = sum((number - mean) ** 2 for number in numbers)
+    return sum((n - mean) * size for n, size in zip(numbers, sizes, strict=False)) >= spread / 2
+
+
+def _known_factor(ours: Sequence[float], base: Sequence[float], depth_multiplier: float) -> float | None:
+    """The ratio of numbers, at most 1 and the same everywhere along the stream; ``None`` where it is not."""
+    logs = [list(map(math.log, group)) for group in (ours, base)]
+    edges = [round(i * len(ours) / len(base)) for i in range(len(base) + 1)]
+    ratios = [
+        _average(logs[0][start:end]) - there
+        for (start, end), there in zip(pairwise(edges), logs[1], strict=True)
+        if start < end
+    ]
+    mean = _average(logs[0]) - _average(logs[1])
+    if max(ratios) - min(ratios) > max(UNEVEN * abs(mean), ROUNDING) or mean > ROUNDING:
+        return None
+    exponent = mean / math.log(depth_multiplier)
+    nearest = round(4 * exponent) / 4
+    return depth_multiplier ** (nearest if abs(exponent - nearest) < ROUNDING else exponent)
+
+
+def _measured_factor(ours: Sequence[float], base: Sequence[float], depth_multiplier: float) -> tuple[float, bool]:
+    """A power of the depth multiplier below 1 by which sizes differ, from their logs; and whether they do otherwise."""
+    difference, margin = _average(ours) - _average(base), _margin(ours, base)
     step = math.log(depth_multiplier) / 4  # a quarter of a power
-    if margin > 2 * step or difference > -max(step / 2, margin):
-        return 1.0
+    if margin > 2 * step:
+        return 1.0, abs(difference) > margin
+    if difference > -max(step / 2, margin):
+        return 1.0, difference > max(2 * step, margin)
     exponent = round(difference / step) / 4
     near = abs(difference - 4 * exponent * step) <= margin + RELATIVE
-    return depth_multiplier**exponent if near else math.exp(difference)
+    return (depth_multiplier**exponent if near else math.exp(difference)), False
+
+
+def _margin(*logs: Sequence[float]) -> float:
+    """By how much chance may make mean log sizes differ.
+
+    Chance is what differs between neighbours: a factor of a layer's own, such as 1 / sqrt(l), changes slowly.
+    """
+    changes = [b - a for group in logs for a, b in pairwise(group)]
+    free = max(len(changes), 1)
+    deviation = max(math.sqrt(sum(change**2 for change in changes) / 2 / free), LEAST)
+    # Of few branches the scatter may come out small by chance, so they must differ by more.
+    return SIGNIFICANT * (1 + FEW / free) * deviation * math.sqrt(sum(1 / len(group) for group in logs))
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch_depthmup.running import normalise_name, unwrap, without_numbers
 from torch_depthmup.scaling import hooks, refusals
 from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
-from torch_depthmup.scaling.factors import with_factors
+from torch_depthmup.scaling.factors import seen_powers, with_factors
 from torch_depthmup.scaling.heads import with_head_sizes
 from torch_depthmup.scaling.initialization import (
     correction,
@@ -31,6 +32,7 @@ from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, wit
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
+from torch_depthmup.tracing.streams import Numbers
 
 __all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
 
@@ -71,7 +73,7 @@ def plan(
 
     On ``meta`` a model has no values, so the plan says which sizes they should start with, and `apply` scales them once
     the model has been materialised and initialized. What the forward pass has already
-    of a multiplier cannot be seen there.
+    of a branch's multiplier is seen there if it is a number.
 
     >>> import torch, torch_depthmup as dm
     >>> def network(depth):
@@ -222,16 +224,18 @@ def make_plan(
 
 
 def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedParameter]) -> dict[str, float]:
-    """Of each readout's 1 / width_mult what the forward pass lacks; nothing is known without values."""
+    """Of each readout's 1 / width_mult what the forward pass lacks; without values, as far as numbers tell."""
     if base is None or seen.inputs is None:
         return {}
+    names = [name for name, _ in base.model.named_parameters()]
+    powers = seen_powers(seen.found, base.found, names, entries)
     if not (seen.has_values and base.has_values):
         refuse_computed(seen.found, entries)
-        return {}
+        return powers
     factors = {name: width * depth for name, (width, depth) in _corrections(entries, seen.model).items()}
     with widths.shaped(seen.model), widths.shaped(base.model):
         pair = (seen.model, seen.inputs), (base.model, base.inputs)
-        return missing_powers(*pair, seen.found, base.found, entries, factors)
+        return missing_powers(*pair, seen.found, base.found, entries, factors, powers)
 
 
 def _is_frozen(branch: Branch, trained: set[str], copies: Sequence[Copy]) -> bool:
@@ -372,26 +376,50 @@ def _what_is_there(
     ours = [_kind(b, kind_of) for b in seen.found.branches]
     theirs = [_kind(b, {name: base_kinds.get(normalise_name(name), "") for name in _inside(b)}) for b in
               base.found.branches]  # fmt: skip
+    scales = {name: width * depth for name, (width, depth) in corrections.items()}
     sizes: list[dict[int, float]] = [{}, {}]
     if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
         with widths.shaped(seen.model), widths.shaped(base.model):
-            factors = {name: width * depth for name, (width, depth) in corrections.items()}
             sizes = [
-                relative_sizes(seen.model, seen.inputs, seen.found, factors),
+                relative_sizes(seen.model, seen.inputs, seen.found, scales),
                 relative_sizes(base.model, base.inputs, base.found),
             ]
+    # Where the sizes of weights make up for numbers that multiply their product, none of those are left on the branch.
+    made_up_for = {e.name for e in entries if e.present != 1}
+    settled = {k for k, b in zip(ours, seen.found.branches, strict=True) if not made_up_for.isdisjoint(b.outer)}
+    numbers = [
+        [_number(t.numbers, scale, kinds[j] in settled) for j, t in enumerate(of.found.traced)]
+        for of, kinds, scale in ((seen, ours, scales), (base, theirs, {}))
+    ]
     result = []
+    unclear: list[str] = []
     for i, branch in enumerate(planned):
         ratio = streams[branch.branch.stream].depth_multiplier
         weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
         initial = 1 / corrections[weights[0]][1] if weights else 1.0
-        groups = [
-            [size for j, size in known.items() if kinds[j] == ours[i]]
-            for known, kinds in zip(sizes, (ours, theirs), strict=True)
-        ]
-        forward = forward_factor(groups[0], groups[1], ratio) if branch.multiplier != 1 else 1.0
+        mine, its = (
+            [(number, known.get(j)) for j, number in enumerate(multiplied) if kinds[j] == ours[i]]
+            for multiplied, known, kinds in zip(numbers, sizes, (ours, theirs), strict=True)
+        )
+        forward, is_unclear = forward_factor(mine, its, ratio) if branch.multiplier != 1 else (1.0, False)
+        unclear += [branch.branch.name] * is_unclear
         result.append(replace(branch, initial=initial, forward=forward))
+    if unclear:
+        warnings.warn(
+            f"{len(unclear)} branches ({', '.join(unclear[:3])}{', ...' if len(unclear) > 3 else ''}) are not of the "
+            "base's size beside their skips, and not by one factor: the forward pass multiplies skips or branches by "
+            "numbers of its own, layer upon layer. The rule's multipliers assume that it does not. Take those numbers "
+            "out, or leave these branches alone with exclude=",
+            UserWarning,
+            stacklevel=5,
+        )
     return tuple(result)
+
+
+def _number(numbers: Numbers, scales: Mapping[str, float], is_settled: bool) -> float:
+    """What numbers multiply a branch with beside its skip, once its scalars have the sizes that they should have."""
+    on_branch = numbers.branch * math.prod(scales.get(name, 1.0) for name in numbers.scalars)
+    return (1.0 if is_settled else on_branch) / numbers.skip
 
 
 def _inside(branch: Branch) -> tuple[str, ...]:

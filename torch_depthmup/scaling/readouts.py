@@ -29,6 +29,7 @@ def missing_powers(
     base_found: Trace,
     entries: Sequence[PlannedParameter],
     factors: Mapping[str, float],
+    seen: Mapping[str, float],
 ) -> dict[str, float]:
     """For each readout the exponent of 1 / width_mult that it lacks, measured where that can be.
 
@@ -39,6 +40,7 @@ def missing_powers(
         base_found: the base's.
         entries: of the plan.
         factors: that give the parameters their planned sizes.
+        seen: what the numbers around a readout's product leave of it, where that is not all.
     """
     names = {normalise_name(name): name for name, _ in base[0].named_parameters()}
     others = counterparts([entry.name for entry in entries], names)
@@ -54,10 +56,12 @@ def missing_powers(
         places = [None if one.is_last else one.modules[0][0] for one in (use, its)]
         looked[entry.name] = Looked(names[other.name], entry.width.summed, *places)
         read[entry.name] = entry.width.multiplier, use.is_direct
-    if not looked:
-        return {}
-    ratios = response_ratios(model, base, looked, factors)
-    return {name: missing_power(ratio, read[name][0], is_plain=read[name][1]) for name, ratio in ratios.items()}
+    ratios = response_ratios(model, base, looked, factors) if looked else {}
+    measured = {
+        name: missing_power(ratio, read[name][0], expected=seen.get(name, 1.0), is_plain=read[name][1])
+        for name, ratio in ratios.items()
+    }
+    return {**seen, **measured}
 
 
 def _seen_use(found: Trace, name: str) -> Use | None:
@@ -110,7 +114,8 @@ def with_readouts(
         power = missing.get(entry.name, 1.0)
         multiplier = readout_multiplier(entry.width.multiplier, power)
         present = readout_multiplier(entry.width.multiplier, 1 - power)
-        there = "" if power == 1 else f" ({present:.4g} of it is there already)"
+        there = f" ({present:.4g} of it is there already)" if power < 1 else ""
+        there = f" (the forward pass multiplies it by {present:.4g})" if power > 1 else there
         entry = replace(changed[entry.name], reason=f"{entry.reason}; a readout{there}")
         changed[entry.name] = entry
         if multiplier * entry.present == 1:

@@ -52,20 +52,21 @@ class Ratio:
     error: float
 
 
-def missing_power(ratio: Ratio, width_multiplier: float, *, is_plain: bool = True) -> float:
+def missing_power(ratio: Ratio, width_multiplier: float, *, expected: float = 1.0, is_plain: bool = True) -> float:
     """The exponent of 1 / width_mult that a readout lacks: 1, or 1/2 or 0 where the forward pass has the rest.
 
     Args:
         ratio: of the response to that of the base.
         width_multiplier: of the width that is read out, above 1.
-        is_plain: whether the operation takes the weight itself, so that 1 is what to expect.
+        expected: what the numbers that can be seen around the operation leave.
+        is_plain: whether the operation takes the weight itself, so that nothing but these numbers is to expect.
     """
     if not ratio.value > 0 or not math.isfinite(ratio.value):
-        return 1.0
-    off = math.log(ratio.value / width_multiplier)
-    nearest = 1 + round(off / math.log(width_multiplier) / STEP) * STEP
+        return expected
+    off = math.log(ratio.value) - expected * math.log(width_multiplier)
+    nearest = expected + round(off / math.log(width_multiplier) / STEP) * STEP
     is_sure = abs(off) > SURE * ratio.error or not is_plain
-    return nearest if is_sure and 0 <= nearest < 1 else 1.0
+    return nearest if is_sure and 0 <= nearest <= max(1.0, expected) else expected
 
 
 def response_ratios(

@@ -32,15 +32,18 @@ def filled(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Temporary values in parameters that are zero throughout, since 0 = m * 0 proves nothing."""
     zero = {id(p): p for p in parameters if p.numel() and not p.any()}
     generator = torch.Generator().manual_seed(0)
-    try:
-        for parameter in zero.values():
-            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-            parameter.copy_(values / math.sqrt(fan_in) + (0.5 if parameter.ndim < 2 else 0.0))
-        yield
-    finally:
-        for parameter in zero.values():
-            parameter.zero_()
+    watched = torch.is_grad_enabled()
+    with torch.no_grad():
+        try:
+            for parameter in zero.values():
+                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 4
+                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+                parameter.copy_(values / math.sqrt(fan_in) + (0.5 if parameter.ndim < 2 else 0.0))
+            with torch.set_grad_enabled(watched):
+                yield
+        finally:
+            for parameter in zero.values():
+                parameter.zero_()
 
 
 @contextlib.contextmanager
@@ -48,11 +51,12 @@ def scaled(parameters: Iterable[tuple[Tensor, float]]) -> Iterator[None]:
     """Temporary factors on parameters; their values come back as they were."""
     changed = [(parameter, factor) for parameter, factor in parameters if factor != 1.0]
     saved = [parameter.detach().clone() for parameter, _ in changed]
+    watched = torch.is_grad_enabled()
     with torch.no_grad():
         try:
             for parameter, factor in changed:
                 parameter.mul_(factor)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(watched):
                 yield
         finally:
             for (parameter, _), value in zip(changed, saved, strict=True):

@@ -138,9 +138,9 @@ def _summed(
     best = max(wide, key=lambda index: score[index])
     if score[best] > 0:
         return best
-    if 1 in wide and (len(wide) > 1 or score[1] == 0):
-        return 1
-    return None
+    # Where only what is computed from it is used, without its width, it is what others multiply: a learned query.
+    is_weight = any(use.is_direct for _, use in known)
+    return 1 if 1 in wide and (len(wide) > 1 or score[1] == 0 and is_weight) else None
 
 
 def _channels(use: Use, ndim: int, *, given: bool = False) -> Shape:

@@ -35,7 +35,7 @@ from torch_depthmup.tracing.inside import describe_all, has_weights, inner_steps
 from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import carrier_of
 from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
-from torch_depthmup.tracing.streams import loose_matrices, sides_of, streams_of
+from torch_depthmup.tracing.streams import Numbers, loose_matrices, numbers_of, sides_of, streams_of
 from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
 
 __all__ = [
@@ -106,6 +106,7 @@ class TracedBranch:
         nested: the indices of the branches inside it.
         is_tapped: whether what its carrier gives is used for something else besides the addition.
         sides: the side of each parameter in it, with those of the branches inside it.
+        numbers: what numbers in the forward pass multiply it with, and the skip.
     """
 
     branch: Branch
@@ -114,6 +115,7 @@ class TracedBranch:
     nested: tuple[int, ...]
     is_tapped: bool
     sides: Mapping[str, Side]
+    numbers: Numbers = Numbers()
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,7 @@ def _nested_kinds(like: Trace | None) -> set[str]:
 
 
 def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> Trace:
-    streams, returned = streams_of(graph, found), returned_by(graph)
+    streams, returned, numbers = streams_of(graph, found), returned_by(graph), numbers_of(graph, found)
     depths = [streams.count(stream) for stream in range(max(streams, default=-1) + 1)]
     sides, shared = sides_of(graph, found, names, streams)
     beside = serving_one_block(graph, found, names, streams)
@@ -377,7 +379,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         summands = summands_of(graph, residual.branch, residual.parts.nodes, returned)
         tapped = is_tapped(graph, residual, frozenset(branch.carrier))
         whole = {name: SIDES[side] for name, side in residual.parts.sides.items() if name in sides}
-        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), tapped, whole))
+        traced.append(TracedBranch(branch, _site(graph, residual), summands, tuple(nested), tapped, whole, numbers[i]))
     return Trace(
         traced=tuple(traced),
         calls={name: len(outputs) for name, outputs in graph.outputs_of.items()},

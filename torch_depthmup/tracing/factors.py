@@ -27,7 +27,28 @@ class Factors:
         """The numbers that only the data of weight operations is multiplied with, by their nodes."""
         self.taken = frozenset().union(*self.before.values())
 
-    def on_parameter(self, operand: int, name: str) -> float:
+    def of_use(self, node: int, operand: int, name: str) -> float:
+        """What one use of a parameter is multiplied with; 1 where other weights make the operand of it."""
+        if self._is_made_by_weights(operand):
+            return 1.0
+        return self._on_parameter(operand, name) * self._inside(node, operand) * self.after(node)[0]
+
+    def _is_made_by_weights(self, operand: int) -> bool:
+        """Whether a product of weights is on the way to an operand, as for a query that is a parameter."""
+        pending = [operand]
+        for i in pending:
+            if self.graph.nodes[i].kind.takes_one_factor_of_data:
+                return True
+            pending += [j for j in self.graph.nodes[i].inputs if j >= 0]
+        return False
+
+    def is_bias(self, node: int, operand: int) -> bool:
+        """Whether an operand is added to the product of the others in one operation."""
+        found = self.graph.nodes[node]
+        place = {Kind.MATRIX_PRODUCT: -3, Kind.CONVOLUTION: 2}.get(found.kind)
+        return place is not None and len(found.inputs) > 2 and found.inputs[place] == operand
+
+    def _on_parameter(self, operand: int, name: str) -> float:
         """What a parameter is multiplied with before it enters as an operand: where it does so in one way."""
         graph, factors = self.graph, set[float]()
         pending = [(operand, 1.0)]
@@ -41,11 +62,10 @@ class Factors:
                 pending += [(j, factor * self._number(i)) for j in below]
         return factors.pop() if len(factors) == 1 else 1.0
 
-    def inside(self, node: int, operand: int) -> float:
+    def _inside(self, node: int, operand: int) -> float:
         """What an operation's data is multiplied with; 1 for an operand that does not multiply them, as a bias."""
         found = self.graph.nodes[node]
-        bias = {Kind.MATRIX_PRODUCT: -3, Kind.CONVOLUTION: 2}.get(found.kind)  # its place among the operands
-        if bias is not None and found.inputs[bias : bias + 1 or None] == (operand,) and len(found.inputs) > 2:
+        if self.is_bias(node, operand):
             return 1.0
         number = found.factor if found.kind is Kind.MATRIX_PRODUCT else 1.0
         return number * math.prod(self._number(i) for i in self.before.get(node, ()))

@@ -15,6 +15,7 @@ from torch import nn
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import is_sharded, quiet, tensors_in, trial
+from torch_depthmup.tracing.numbers import factor_of, power_of
 from torch_depthmup.tracing.operations import Kind, Number, kind_of, kind_of_write
 from torch_depthmup.tracing.recorder import Edge, Recorder, producer
 
@@ -51,6 +52,8 @@ class Node:
         function: the name of the user's autograd Function, if it is one.
         factor: the number that it multiplies its operand with; 1 where there is none, NaN where that is a tensor on
             ``meta``.
+        power: the power of a positive factor of its data that its value gets, 1 for what is linear and 2 for a square;
+            NaN where there is none. Of a product or quotient of two data it is each one's.
     """
 
     kind: Kind
@@ -66,6 +69,7 @@ class Node:
     shape: tuple[int, ...] = ()
     function: str = ""
     factor: float = 1.0
+    power: float = math.nan
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -331,33 +335,14 @@ def _node(
         is_scalar=bool(shapes) and not any(shapes),
         shape=shapes[0] if shapes else (),
         function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
-        factor=_factor(kind, autograd_node),
+        factor=factor_of(kind, autograd_node),
+        power=power_of(kind, autograd_node),
     )
 
 
 def _function(name: str) -> str:
     """What the user calls the Function, or the operator of ``torch.library``, that this node belongs to."""
     return name.removeprefix("GeneratedBackwardFor_").removesuffix("_default").removesuffix("Backward")
-
-
-def _factor(kind: Kind, autograd_node: Any) -> float:
-    """The number that a node multiplies with, as autograd keeps it; of fused attention the scale of its scores."""
-    if kind is Kind.ATTENTION:
-        scale = getattr(autograd_node, "_saved_scale", None)
-        query = getattr(autograd_node, "_saved_query", None)
-        return float(scale) if scale is not None else 1.0 if query is None else query.shape[-1] ** -0.5
-    if kind is Kind.MATRIX_PRODUCT:
-        return float(getattr(autograd_node, "_saved_alpha", 1.0) or 1.0)
-    if kind not in (Kind.MULTIPLY, Kind.DIVIDE):
-        return 1.0
-    first_is_constant = autograd_node.next_functions[0][0] is None
-    saved = getattr(autograd_node, "_saved_self" if first_is_constant else "_saved_other", None)
-    if not isinstance(saved, torch.Tensor | float | int) or isinstance(saved, torch.Tensor) and saved.numel() != 1:
-        return 1.0
-    if isinstance(saved, torch.Tensor) and saved.is_meta:
-        return math.nan
-    number = float(saved.detach() if isinstance(saved, torch.Tensor) else saved)
-    return 1 / number if kind is Kind.DIVIDE and number else number
 
 
 def _multiplies_constant(kind: Kind, inputs: tuple[int, ...]) -> bool:

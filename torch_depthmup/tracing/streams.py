@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions
 from torch_depthmup.tracing.choosing import above
 from torch_depthmup.tracing.graph import Graph
 
-__all__ = ["loose_matrices", "sides_of", "streams_of"]
+__all__ = ["Numbers", "loose_matrices", "numbers_of", "sides_of", "streams_of"]
 
 
 def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
@@ -33,6 +35,53 @@ def streams_of(graph: Graph, found: list[ResidualAddition]) -> list[int]:
         stream_of[residual.node] = stream_of[max(before)] if before else len(set(stream_of.values()))
         streams.append(stream_of[residual.node])
     return streams
+
+
+def numbers_of(graph: Graph, found: list[ResidualAddition]) -> list[Numbers]:
+    """What numbers in the forward pass multiply each branch with, and the skip that it is added to.
+
+    With ``h_l = a_l h_(l-1) + b_l f_l`` they are ``b_l`` and ``a_1 ... a_l``: what a stream is multiplied with stays on
+    it, up to a norm.
+    """
+    skips: dict[int, float] = {}
+    factors = []
+    for residual in found:
+        skip, _, end = _numbers(graph, residual.skip, skips)
+        skips[residual.node] = skip * skips.get(end, 1.0)
+        branch, scalars, _ = _numbers(graph, residual.branch, skips)
+        factors.append(Numbers(branch, skips[residual.node], scalars))
+    return factors
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What numbers multiply a branch with.
+
+    Args:
+        branch: the product of those on the branch, without signs.
+        skip: of those on the skip.
+        scalars: names of the parameters that some of those on the branch are the values of.
+    """
+
+    branch: float = 1.0
+    skip: float = 1.0
+    scalars: frozenset[str] = frozenset()
+
+
+def _numbers(graph: Graph, node: int, additions: Collection[int]) -> tuple[float, frozenset[str], int]:
+    """The product of the numbers that a value was multiplied with last, its parameters, and where that starts."""
+    product, scalars = 1.0, frozenset[str]()
+    while node not in additions and graph.nodes[node].is_linear and not graph.nodes[node].is_weight_operation:
+        data = graph.data_inputs(node)
+        if len(data) != 1:
+            break
+        factor = abs(graph.nodes[node].factor)
+        if graph.nodes[node].kind.is_product and 0 < factor < math.inf:
+            product *= factor
+            if factor != 1:  # also where there is no number: a gain is a vector
+                scalars |= frozenset().union(*(graph.nodes[i].weights for i in graph.weight_inputs(node)))
+        node = data[0]
+    return product, scalars, node
 
 
 def sides_of(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch_depthmup.tracing.factors import Factors
 from torch_depthmup.tracing.graph import Graph
+from torch_depthmup.tracing.norms import is_divided_by_its_size
 from torch_depthmup.tracing.operations import Kind
 
 __all__ = ["Use", "trunk_parameters", "uses_of"]
@@ -21,10 +22,10 @@ class Use:
         taken: shape of the data that it takes; empty where that is a constant or a lookup.
         given: shape of its value.
         operands: how many data it takes: 2 for a bilinear layer.
-        is_weight_operation: whether it is a matrix product, a convolution or the like.
+        is_weight_operation: whether it is a matrix product, a convolution or the like, and the parameter no bias of it.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
         is_last: whether no weight operation follows.
-        is_normalised: whether its value goes through a fused norm before anything that is not linear.
+        is_normalised: whether its value goes through a norm, fused or written out, before anything that is not linear.
         factor: the product of the numbers that the parameter, the data or the value are multiplied with around it, as
             far as no other operation has a share in them.
         scores_factor: what of ``factor`` stands behind it on the way to attention scores.
@@ -61,6 +62,7 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
             continue
         data = graph.data_inputs(i)
         modules, partners, is_normalised = _afterwards(graph, i, returned)
+        is_normalised = is_normalised or node.is_weight_operation and is_divided_by_its_size(graph, i)
         after, is_scored = factors.after(i)
         names = {j: graph.nodes[j].weights for j in weights}
         for j in weights:
@@ -71,11 +73,11 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     taken=graph.nodes[data[0]].shape if data else (),
                     given=node.shape,
                     operands=len(data),
-                    is_weight_operation=node.is_weight_operation,
+                    is_weight_operation=node.is_weight_operation and not factors.is_bias(i, j),
                     is_direct=graph.nodes[j].is_direct,
                     is_last=i in last,
                     is_normalised=is_normalised,
-                    factor=factors.on_parameter(j, name) * factors.inside(i, j) * after,
+                    factor=factors.of_use(i, j, name),
                     scores_factor=after if is_scored else 1.0,
                     modules=modules,
                     partners=(*others, *partners),

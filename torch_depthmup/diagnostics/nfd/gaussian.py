@@ -227,7 +227,7 @@ class GaussianMatrix:
         if not bool(live.any()):
             return coordinates
         units = rest * torch.where(live, 1 / lengths, 0.0)[:, :, None]
-        values, vectors = torch.linalg.eigh(torch.bmm(units, units.mT))
+        values, vectors = _eigen(torch.bmm(units, units.mT), live)
         kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
         directions, along = _directions(units, values, vectors, kept)
         here.append(directions, *self._answer(directions, there))
@@ -249,6 +249,15 @@ class GaussianMatrix:
         if self.coupling == "decoupled" or not there.count:
             return noise, noise[:, :, :0]
         return noise, torch.baddbmm(torch.bmm(fresh, there.noise.mT), noise, there.queries.mT, alpha=-1)
+
+
+def _eigen(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and vectors of a Gram matrix of which some rows are zero: these come first, with -1.
+
+    Left at zero they make LAPACK fail in single precision, one time in twenty: it gives nan, or says so.
+    """
+    values, vectors = torch.linalg.eigh(gram.double() - torch.diag_embed((~live).double()))
+    return values.to(gram.dtype), vectors.to(gram.dtype)
 
 
 def _sum(one: Tensor, other: Tensor) -> Tensor:
