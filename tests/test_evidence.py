@@ -121,6 +121,13 @@ def test_the_networks_of_others_that_peers_were_tried_on_are_those_of_the_zoo() 
     assert tried <= zoo and len(zoo - tried) <= 10  # those added since
 
 
+def test_what_the_page_says_of_other_peoples_networks() -> None:
+    rows = peers.committed("zoo")
+    trained = sum(row["unit_scale"] == "runs" for row in rows)
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"gives {trained} of the {len(rows)} networks that can be trained" in page
+
+
 def test_peers_were_trained_on_the_same_seeds() -> None:
     found = {(r["peer"], r["blocks"], r["depth"], r["seed"]) for r in peers.committed("depth")}
     assert len(found) == len(peers.PEERS) * 2 * 2 * 3
@@ -135,3 +142,33 @@ def test_a_regret_is_the_paired_difference_to_the_deep_optimum() -> None:
     said = peers.regret(rows, "a", "b")
     assert said["best"] == {4: "2^-2", 32: "<= 2^-3"}
     assert (said["regret"], said["error"]) == pytest.approx((0.625, 0.125))
+
+
+def at_depth_32(peer: str, blocks: str, tuned_at: int) -> list[float]:
+    """The losses of the seeds, with the rate that was best at one of the depths."""
+    rows = peers.committed("depth")
+    power = int(peers.regret(rows, peer, blocks)["best"][tuned_at].rpartition("^")[2])
+    key = {"peer": peer, "blocks": blocks, "depth": "32", "log2_lr": str(power)}
+    return [float(row["loss"]) for row in rows if key.items() <= row.items()]
+
+
+def test_what_the_page_says_of_peers_with_norms() -> None:
+    ours = at_depth_32("torch_depthmup", "with norm", tuned_at=4)
+    for peer in set(peers.PEERS) - {"torch_depthmup"}:
+        assert all(a < b for a, b in zip(ours, at_depth_32(peer, "with norm", tuned_at=4), strict=True))
+
+
+def test_what_the_page_says_of_peers_without_norms() -> None:
+    ours = at_depth_32("torch_depthmup", "without", tuned_at=4)
+    theirs = at_depth_32("unit-scaling", "without", tuned_at=4)
+    assert sum(a > b for a, b in zip(ours, theirs, strict=True)) == 2 and fmean(theirs) < fmean(ours)
+    for peer in ("mup", "plain torch"):
+        assert fmean(at_depth_32(peer, "without", tuned_at=32)) < fmean(at_depth_32("torch_depthmup", "without", 32))
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+@pytest.mark.parametrize("blocks", peers.NORMS)
+def test_only_what_scales_depth_has_small_regrets(peer: str, blocks: str) -> None:
+    said = peers.regret(peers.committed("depth"), peer, blocks)
+    assert not any(best.startswith(("<", ">")) for best in said["best"].values())
+    assert (said["regret"] > 0.03) if peer in ("plain torch", "mup") else (said["regret"] < 0.02)

@@ -46,7 +46,7 @@ PEERS = {
     "mup": ("with_mup", (-12, -6)),
     "CompleteP by hand": ("with_completep", (-12, -7)),
     "unit-scaling": ("with_unit_scaling", (-5, 0)),
-    "torch_depthmup": ("with_depthmup", (-12, -7)),
+    "torch_depthmup": ("with_depthmup", (-13, -7)),
 }
 """Files of the folder, and the powers of two of their learning rates."""
 RULES = {
