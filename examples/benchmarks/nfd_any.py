@@ -100,9 +100,9 @@ def prediction(width: int, blocks: int, steps: int, name: str) -> Callable[[], N
 
 
 def seconds(action: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _peak(kind: str, sizes: Sizes, pipe: Any) -> None:

@@ -127,3 +127,20 @@ def test_rows_of_which_most_hold_nothing_new_are_multiplied_in_single_precision(
         matrix = GaussianMatrix(8, 200, noise, std=0.1)
         matrix.right(rows[:, old])
         assert bool(matrix.right(rows).isfinite().all())
+
+
+@pytest.mark.parametrize("new", [1e-1, 1e-3, 3e-5, 1e-6])
+def test_rows_with_little_new_in_them_leave_orthonormal_bases_and_adjoint_products(new: float) -> None:
+    noise = Noise([0, 1], dtype=torch.float32)
+    matrix = GaussianMatrix(300, 400, noise, std=0.05)
+    first, left = noise(40, 400), noise(30, 300)
+    alike = torch.bmm(noise(40, 3), noise(3, 400)) + 0.03 * noise(40, 400)  # that little is of nearly low rank
+    second = torch.bmm(noise(40, 40), first) / 6 + new * alike
+    asked = [(q, matrix.right(q)) for q in (first, second)]
+    back = matrix.left(left)
+    queries = matrix.right_side.queries.double()
+    gram = torch.bmm(queries, queries.mT)
+    lengths = gram.diagonal(dim1=1, dim2=2)
+    assert float((gram - torch.diag_embed((lengths > 0.5).double())).abs().max()) < 3e-6
+    for q, answer in asked:
+        torch.testing.assert_close(torch.bmm(left, answer.mT), torch.bmm(back, q.mT), rtol=0, atol=2e-3)

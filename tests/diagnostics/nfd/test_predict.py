@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from wide import MODELS, WIDTH, Norms, X, Y, dense, sgd
 
 import torch_depthmup as dm
@@ -46,20 +47,46 @@ def test_the_canonical_network_is_that_of_the_canonical_solver(coupling) -> None
     assert float(((wanted.mean(0) - found.mean(0)) / error).abs().max()) < 4
 
 
-def test_folded_and_wrapped_multipliers_give_the_same_prediction() -> None:
+class ByHand(Norms):
+    """Its branches can be multiplied."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            h = h + self.factor * down(F.gelu(up(norm(h))))
+        return self.head(h)
+
+
+def by_hand(model: ByHand) -> torch.optim.Optimizer:
+    dm.parametrize(model, depth_multiplier=2, example_inputs=X.double(), how="wrap")  # draws the same noise
+    dm.undo(model)
+    model.factor = math.sqrt(0.5)
+    inner = [*model.norms.parameters(), *model.up.parameters()]
+    rest = [p for part in (model.stem, model.head, model.down) for p in part.parameters()]
+    return torch.optim.SGD([{"params": inner, "lr": 0.005 * math.sqrt(2)}, {"params": rest}], lr=0.005, momentum=0.9)
+
+
+@pytest.mark.parametrize("multiplier, plain", [(1, Norms), (2, ByHand)])
+def test_folded_and_wrapped_multipliers_and_those_written_by_hand_give_the_same_prediction(multiplier, plain) -> None:
     def parametrized(how: str):
         def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-            dm.parametrize(model, depth_multiplier=2, example_inputs=X.double(), how=how)
+            dm.parametrize(model, depth_multiplier=multiplier, example_inputs=X.double(), how=how)
             return dm.SGD(model, lr=0.005, momentum=0.9)
 
         return optimizer
 
-    fold, wrap, plain = (
-        predict(Norms, X, Y, width=256, optimizer=make, steps=3, seeds=2, dtype=torch.float64).outputs
-        for make in (parametrized("fold"), parametrized("wrap"), sgd)
-    )
-    torch.testing.assert_close(fold, wrap, rtol=1e-6, atol=1e-8)
-    assert float((fold - plain).abs().max()) > 0.01
+    def unscaled(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+
+    def outputs(make, optimizer) -> Tensor:
+        return predict(make, X, Y, width=256, optimizer=optimizer, steps=3, seeds=2, dtype=torch.float64).outputs
+
+    wanted = outputs(plain, unscaled if multiplier == 1 else by_hand)
+    assert float((wanted[:, -1] - wanted[:, 0]).abs().max()) > 0.01
+    for how in ("fold", "wrap"):
+        torch.testing.assert_close(outputs(Norms, parametrized(how)), wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_the_monitor_watches_it_like_a_network_with_matrices() -> None:
@@ -128,6 +155,15 @@ def copies(n: int) -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(n, 2, 2 * n, batch_first=True), 2)
 
 
+def changed(change) -> object:
+    def make(n: int) -> nn.Module:
+        model = Norms(n)
+        change(model.up[0])
+        return model
+
+    return make
+
+
 def with_table(n: int) -> nn.Module:
     model = Norms(n)
     model.register_buffer("mask", torch.zeros(n, n))
@@ -139,6 +175,19 @@ def with_table(n: int) -> nn.Module:
     [
         (orthogonal, "up.0.weight: its initialization is not one of independent entries"),
         (shifted, "up.0.weight: its entries have mean 0.1"),
+        (
+            changed(parametrizations.orthogonal),
+            "make_model registers a parametrization, by which torch computes a weight",
+        ),
+        (
+            changed(parametrizations.weight_norm),
+            "up.0.*original1 is what torch computes a weight from.* Leave that out",
+        ),
+        (
+            changed(lambda layer: prune.random_unstructured(layer, "weight", 0.5)),
+            "up.0.weight_orig is what torch computes",
+        ),
+        (changed(lambda layer: nn.init.eye_(layer.weight)), "up.0.weight: its init.* it holds what aten.eye gives"),
         (with_table, "mask of shape .* Take another width"),
         (copies, "layers.1.self_attn.in_proj_weight starts with the same entries as layers.0"),
         (lambda n: Norms(16), "no parameter has two dimensions that change"),
@@ -194,7 +243,7 @@ class Patchwise(nn.Module):
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize("width", [256, 512])
+@pytest.mark.parametrize("width", [256, 512, 1024])
 @pytest.mark.parametrize("name", ["biases", "pre-norm", "vision"])
 def test_wide_networks_are_predicted(name: str, width: int) -> None:
     make = {**MODELS, "vision": Patchwise}[name]
@@ -211,7 +260,8 @@ def test_wide_networks_are_predicted(name: str, width: int) -> None:
 
 
 @pytest.mark.evidence
-def test_the_llama_of_transformers_is_predicted() -> None:
+@pytest.mark.parametrize("width", [256, 1024])
+def test_the_llama_of_transformers_is_predicted(width: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(n: int) -> nn.Module:
@@ -230,7 +280,7 @@ def test_the_llama_of_transformers_is_predicted() -> None:
     runs = []
     for seed in range(16):
         torch.manual_seed(seed)
-        model = make(256)
+        model = make(width)
         stepping, outputs = optimizer(model), []
         for _ in range(4):
             output = model(x)
@@ -240,7 +290,7 @@ def test_the_llama_of_transformers_is_predicted() -> None:
             stepping.step()
         runs.append(torch.stack(outputs))
     measured = torch.stack(runs)
-    predicted = predict(make, x, y, width=256, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
+    predicted = predict(make, x, y, width=width, optimizer=optimizer, steps=3, loss=loss, seeds=range(100, 116)).outputs
     error = (measured.var(0) / 16 + predicted.var(0) / 16).sqrt()
     z = (measured.mean(0) - predicted.mean(0)) / error
     assert float(z.square().mean()) < 1.5  # of 2,400 outputs; a few of so many lie beyond three standard errors

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise, TrainedMatrix
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
@@ -16,9 +19,13 @@ from torch_depthmup.diagnostics.nfd.unformed import Making, Unformed
 from torch_depthmup.diagnostics.shared.training import own_random_state
 from torch_depthmup.errors import DepthMuPError
 
-__all__ = ["hidden_matrices", "implicit_model"]
+__all__ = ["built", "hidden_matrices", "implicit_model"]
 
 LONG = 10**6  # entries of a vector that is not worth making where only shapes are asked for
+_COMPUTED = (
+    "{}, entry by entry, in each forward pass (a parametrization such as orthogonal or weight_norm, or a mask), and "
+    "entries are never formed here. Leave that out of the factory"
+)
 CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
 
 
@@ -35,8 +42,8 @@ def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[
         DepthMuPError: the factory fails at this width or at twice it, no parameter has two widths, or other dimensions
             than the first two are widths.
     """
-    shapes, formed = _shapes(make_model, width)
-    doubled, _ = _shapes(make_model, 2 * width)
+    shapes, formed, computed = _shapes(make_model, width)
+    doubled, *_ = _shapes(make_model, 2 * width)
     if list(shapes) != list(doubled):
         raise DepthMuPError(f"make_model gives other parameters at width {width} than at width {2 * width}")
     hidden: dict[str, tuple[int, ...]] = {}
@@ -49,6 +56,8 @@ def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[
                     "and convolutions over one or two dimensions can be left unformed here: experts side by side are "
                     "not covered"
                 )
+            if name.startswith(tuple(computed)):
+                raise DepthMuPError(_COMPUTED.format(f"{name} is what torch computes a weight from"))
             hidden[name] = shape
     if not hidden:
         raise DepthMuPError(
@@ -61,19 +70,32 @@ def hidden_matrices(make_model: Callable[[int], nn.Module], width: int) -> dict[
     return hidden
 
 
-def _shapes(make_model: Callable[[int], nn.Module], width: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes of all parameters, and which of them belong to convolutions that are formed."""
+def _shapes(
+    make_model: Callable[[int], nn.Module], width: int
+) -> tuple[dict[str, tuple[int, ...]], set[str], set[str]]:
+    """Shapes of all parameters, which of them belong to convolutions that are formed, modules that compute weights."""
     with own_random_state(), Making(lambda shape: len(shape) >= 2 or math.prod(shape) > LONG):
         try:
             model = make_model(width)
         except Exception as error:  # whatever the user's factory raises
+            frames = traceback.extract_tb(error.__traceback__)
+            if any(Path(frame.filename).match("nn/utils/parametri*.py") for frame in frames):
+                what = "make_model registers a parametrization, by which torch computes a weight"
+                raise DepthMuPError(_COMPUTED.format(what)) from error
             raise DepthMuPError(f"make_model({width}) fails without values: {error}") from error
     formed = {
         f"{name}.weight" if name else "weight"
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd) and (module.groups > 1 or module.transposed or isinstance(module, nn.Conv3d))
     }
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, formed
+    computed = {f"{name}." if name else "" for name, module in model.named_modules() if _computes(module)}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, formed, computed
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether torch makes a weight of it from other tensors: a parametrization, a norm or a mask."""
+    hooks = module._forward_pre_hooks.values()
+    return is_parametrized(module) or any(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
 
 
 def implicit_model(
@@ -113,6 +135,20 @@ def implicit_model(
     torch.Size([2, 1])
     """
     hidden = hidden_matrices(make_model, width)
+    return built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype)
+
+
+def built(
+    make_model: Callable[[int], nn.Module],
+    width: int,
+    hidden: dict[str, tuple[int, ...]],
+    *,
+    seed: int,
+    coupling: Coupling,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The same, where it is known already which matrices are hidden, and what shapes they have."""
     shapes: set[tuple[int, ...]] = set(hidden.values())
     with own_random_state():
         torch.manual_seed(seed)

@@ -16,18 +16,27 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torch_depthmup.diagnostics.nfd.entries import Node, Outer, blocks, from_left, from_right, pointwise
+from torch_depthmup.diagnostics.nfd.orthonormal import directions, eigen, padded, split, total
 from torch_depthmup.errors import DepthMuPError, DivergenceError
 
-__all__ = ["Coupling", "GaussianMatrix", "Noise", "Side", "TrainedMatrix", "checked_coupling", "checked_dtype"]
+__all__ = [
+    "ROUNDED",
+    "Coupling",
+    "GaussianMatrix",
+    "Noise",
+    "Side",
+    "TrainedMatrix",
+    "checked_coupling",
+    "checked_dtype",
+]
 
 Coupling = Literal["reused", "decoupled"]
 Side = Literal["right", "left"]
 
 ROUNDING = 100  # times eps: what is left of a query, relative to it, that is rounding and no new direction
-MOSTLY_NEW = 0.1  # share of a query off the basis above which one Gram-Schmidt pass is as good as ten times rounding
+ROUNDED = torch.float16  # noise is rounded to it: 11 bits, which change its variance by less than 1e-7 of it
 SPREAD = 1e-2  # directions are made orthonormal together down to this ratio of their Gram matrix's eigenvalues
 
 
@@ -96,8 +105,9 @@ class _Last:
 class _Side:
     """Orthonormal queries from one side, as rows (seeds, queries, size), and what the matrix answers to them.
 
-    The answers are ``noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
-    earlier products from the other side. Kept apart, a product needs the other side's queries once.
+    The answers are ``std noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
+    earlier products from the other side. Kept apart, a product needs the other side's queries once, and noise takes
+    half the room: it is normal numbers that were rounded to half precision before anything was made of them.
     """
 
     def __init__(self, size: int, product_size: int, capacity: int, noise: Noise):
@@ -106,22 +116,22 @@ class _Side:
         self.last: _Last | None = None
         self.shares = torch.zeros(seeds, 0, 0, device=noise.device, dtype=noise.dtype)
         self._queries = torch.empty(seeds, capacity, size, device=noise.device, dtype=noise.dtype)
-        self._noise = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=noise.dtype)
+        self._noise = torch.empty(seeds, capacity, product_size, device=noise.device, dtype=ROUNDED)
 
     @property
     def queries(self) -> Tensor:
         return self._queries[:, : self.count]
 
-    @property
-    def noise(self) -> Tensor:
-        return self._noise[:, : self.count]
+    def noise(self, count: int | None = None) -> Tensor:
+        """What was drawn for the first queries, or for all, of standard deviation 1."""
+        return self._noise[:, : self.count if count is None else count].to(self._queries.dtype)
 
     def append(self, queries: Tensor, noise: Tensor, shares: Tensor) -> None:
         end = self.count + queries.shape[1]
         if end > self._queries.shape[1]:
             self.reserve(max(end, self._queries.shape[1] * 3 // 2))
         self._queries[:, self.count : end], self._noise[:, self.count : end] = queries, noise
-        self.shares = torch.cat([_padded(self.shares, self.count, shares.shape[2]), shares], dim=1)
+        self.shares = torch.cat([padded(self.shares, self.count, shares.shape[2]), shares], dim=1)
         self.count = end
 
     def reserve(self, capacity: int) -> None:
@@ -134,12 +144,6 @@ def _enlarged(rows: Tensor, capacity: int) -> Tensor:
     larger = rows.new_empty(rows.shape[0], capacity, rows.shape[2])
     larger[:, : rows.shape[1]] = rows
     return larger
-
-
-def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
-    if values.shape[1:] == (rows, columns):
-        return values
-    return F.pad(values, (0, columns - values.shape[2], 0, rows - values.shape[1]))
 
 
 class GaussianMatrix:
@@ -207,7 +211,7 @@ class GaussianMatrix:
         """Coordinates of new queries: of what the last ones say of them, and of the rest."""
         smallest = ROUNDING * torch.finfo(queries.dtype).eps * torch.linalg.vector_norm(queries, dim=2)
         coordinates, rest = _from_last(queries, here)
-        return _sum(coordinates, self._asked(rest, smallest, here, there))
+        return total(coordinates, self._asked(rest, smallest, here, there))
 
     def _asked(self, rows: Tensor, smallest: Tensor, here: _Side, there: _Side) -> Tensor:
         """Splits rows along what was asked before, asks for the rest, until nothing longer than ``smallest`` is left.
@@ -215,7 +219,7 @@ class GaussianMatrix:
         With G the Gram matrix of the rest at unit length, G = V x V^T, new directions are x^{-1/2} V^T rest for the
         large x; for the small ones, where that would magnify rounding, V^T rest are rows for another round.
         """
-        coordinates, rest = _split(rows, here.queries)
+        coordinates, rest, exact = split(rows, here.queries)
         lengths = torch.linalg.vector_norm(rest, dim=2)
         finite = lengths.isfinite()
         live = finite & (lengths > smallest)
@@ -227,42 +231,29 @@ class GaussianMatrix:
         if not bool(live.any()):
             return coordinates
         units = rest * torch.where(live, 1 / lengths, 0.0)[:, :, None]
-        values, vectors = _eigen(torch.bmm(units, units.mT), live)
+        values, vectors = eigen(torch.bmm(units, units.mT), live)
         kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
-        directions, along = _directions(units, values, vectors, kept)
-        here.append(directions, *self._answer(directions, there))
+        fresh, along, old = directions(units, values, vectors, kept, here.queries[:, : 0 if exact else None])
         lengths = torch.where(live, lengths, 0.0)[:, :, None]
-        coordinates = torch.cat([coordinates, lengths * along], dim=2)
-        few = int((~kept).sum(1).max())
-        if few:
-            turned = vectors[:, :, :few] * ~kept[:, None, :few]
-            share = torch.where(live, smallest / lengths[:, :, 0], math.inf).amin(1, keepdim=True).expand(-1, few)
-            more = self._asked(torch.bmm(turned.mT, units), share, here, there)
-            coordinates = _sum(coordinates, torch.bmm(lengths * turned, more))
+        coordinates = torch.cat([total(lengths * old, coordinates), lengths * along], dim=2)
+        here.append(fresh, *self._answer(fresh, there))
+        share = torch.where(live, smallest / lengths[:, :, 0], math.inf).amin(1, keepdim=True)
+        more = ~kept & (values > share.square())
+        if bool(more.any()):
+            turned = (vectors * more[:, None])[:, :, more.any(0)]
+            asked = self._asked(torch.bmm(turned.mT, units), share.expand(-1, turned.shape[2]), here, there)
+            coordinates = total(coordinates, torch.bmm(lengths * turned, asked))
         return coordinates
 
     def _answer(self, fresh: Tensor, there: _Side) -> tuple[Tensor, Tensor]:
         """W Q = E + Q_b (R_b^T Q - Q_b^T E) for new orthonormal Q, as E and the bracket; R_b^T Q is E_b^T Q, since what
         else is in R_b lies along earlier queries.
         """
-        noise = self.noise(fresh.shape[1], there.queries.shape[2], std=self.std)
+        noise = self.noise(fresh.shape[1], there.queries.shape[2]).to(ROUNDED).to(fresh.dtype)
         if self.coupling == "decoupled" or not there.count:
             return noise, noise[:, :, :0]
-        return noise, torch.baddbmm(torch.bmm(fresh, there.noise.mT), noise, there.queries.mT, alpha=-1)
-
-
-def _eigen(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and vectors of a Gram matrix of which some rows are zero: these come first, with -1.
-
-    Left at zero they make LAPACK fail in single precision, one time in twenty: it gives nan, or says so.
-    """
-    values, vectors = torch.linalg.eigh(gram.double() - torch.diag_embed((~live).double()))
-    return values.to(gram.dtype), vectors.to(gram.dtype)
-
-
-def _sum(one: Tensor, other: Tensor) -> Tensor:
-    """The sum of coordinates, of which the second ones may go on."""
-    return _padded(one, one.shape[1], other.shape[2]) + other
+        along = torch.bmm(fresh, there.noise().mT)
+        return noise, self.std * torch.baddbmm(along, noise, there.queries.mT, alpha=-1)
 
 
 def _from_last(queries: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
@@ -277,42 +268,6 @@ def _from_last(queries: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
     squares = last.square().sum(2, keepdim=True)
     factor = (queries * last).sum(2, keepdim=True) / torch.where(squares > 0, squares, 1.0)
     return factor * side.last.coordinates, torch.addcmul(queries, factor, last, value=-1)
-
-
-def _split(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates along an orthonormal basis, and the remainder; twice where once leaves too much rounding behind."""
-    if not basis.shape[1]:
-        return rows.new_zeros(*rows.shape[:2], 0), rows
-    first = torch.bmm(rows, basis.mT)
-    remainder = torch.baddbmm(rows, first, basis, alpha=-1)
-    left = torch.linalg.vector_norm(remainder, dim=2) >= MOSTLY_NEW * torch.linalg.vector_norm(rows, dim=2)
-    if bool(left.all()):
-        return first, remainder
-    second = torch.bmm(remainder, basis.mT)
-    return first + second, torch.baddbmm(remainder, second, basis, alpha=-1)
-
-
-def _directions(units: Tensor, values: Tensor, vectors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions of rows, from the eigenvalues of their Gram matrix that are kept; the rows along them.
-
-    Of several seeds the one with most directions counts, and the others get zero rows. An eigenvector's sign is
-    rounding, and what a seed draws must not hang on it: G^{-1/2} where all are kept, or else a sign by convention.
-    """
-    rank = int(kept.sum(1).max())
-    whole = bool(kept.all())
-    kept, values, vectors = kept[:, -rank:], values[:, -rank:], vectors[:, :, -rank:]
-    if not whole:
-        uneven = torch.arange(1, vectors.shape[1] + 1, device=units.device, dtype=units.dtype).sqrt()
-        vectors = vectors * torch.where((uneven[:, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
-    roots = torch.where(kept, values, 1.0).sqrt()[:, None]
-    turned, back = vectors * (kept[:, None] / roots), vectors * (kept[:, None] * roots)
-    if whole:
-        turned, back = torch.bmm(turned, vectors.mT), torch.bmm(back, vectors.mT)
-    basis = torch.bmm(turned.mT, units)
-    # One step of Newton's iteration towards the nearest orthonormal rows: (3 - G) / 2, which also maps 0 to 0.
-    gram = torch.bmm(basis, basis.mT)
-    directions = torch.baddbmm(basis, gram, basis, beta=1.5, alpha=-0.5)
-    return directions, torch.bmm(back, torch.baddbmm(gram, gram, gram, beta=1.5, alpha=-0.5))
 
 
 @dataclass(frozen=True)
@@ -378,8 +333,8 @@ class TrainedMatrix:
             shares = here.shares[:, : coordinates.shape[2]]
             width = max(mixed.shape[2], shares.shape[2])
             known = self.gain * torch.bmm(coordinates[:, :, : shares.shape[1]], shares)
-            mixed = _padded(mixed, mixed.shape[1], width) + _padded(known, mixed.shape[1], width)
-            fresh = torch.bmm(coordinates, here.noise[:, : coordinates.shape[2]])
+            mixed = padded(mixed, mixed.shape[1], width) + padded(known, mixed.shape[1], width)
+            fresh = torch.bmm(self.start.std * coordinates, here.noise(coordinates.shape[2]))
             low = torch.baddbmm(fresh, mixed, there.queries[:, :width], beta=self.gain)
         else:
             low = torch.bmm(mixed, there.queries[:, : mixed.shape[2]])
@@ -401,7 +356,7 @@ class TrainedMatrix:
     def plus(self, other: TrainedMatrix, factor: float = 1.0) -> TrainedMatrix:
         """self + factor * other, of the same start."""
         left, right = (max(a, b) for a, b in zip(self.change.shape[1:], other.change.shape[1:], strict=True))
-        change = _padded(self.change, left, right) + factor * _padded(other.change, left, right)
+        change = padded(self.change, left, right) + factor * padded(other.change, left, right)
         gradients = self.gain == other.gain == 0 and (self.how or other.how)
         return TrainedMatrix(
             self.start,
@@ -422,14 +377,14 @@ class TrainedMatrix:
         """Frobenius norm, (seeds,): of the entries not seen yet the mean square stands for the square."""
         start, left, right = self.start, self.start.left_side, self.start.right_side
         square = self.change.square().sum((1, 2))
-        known_left = torch.bmm(_padded(self.change, left.count, right.count), right.queries)
+        known_left = torch.bmm(padded(self.change, left.count, right.count), right.queries)
         answers = []
         if self.gain:
             answers = [self._answers(side) for side in ("right", "left")]
             seen = torch.bmm(left.queries, answers[0].mT)  # Q_b W Q_f^T
             known = answers[0].square().sum((1, 2)) + answers[1].square().sum((1, 2)) - seen.square().sum((1, 2))
             unseen = start.std**2 * (start.rows - left.count) * (start.columns - right.count)
-            change = _padded(self.change, left.count, right.count)
+            change = padded(self.change, left.count, right.count)
             square = square + self.gain**2 * (known + unseen) + 2 * self.gain * (change * seen).sum((1, 2))
             known_left = known_left + self.gain * (answers[1] - torch.bmm(seen, right.queries))
         if self.entries is not None:  # |A + D|^2 = |A|^2 + <D, D + 2 A>, and D is independent of what is not seen of A
@@ -444,7 +399,8 @@ class TrainedMatrix:
     def _answers(self, side: Side) -> Tensor:
         """The start's products with all orthonormal queries of a side."""
         here, there = self.start.sides(side)
-        return torch.baddbmm(here.noise, here.shares, there.queries[:, : here.shares.shape[2]])
+        queries = there.queries[:, : here.shares.shape[2]]
+        return torch.baddbmm(here.noise(), here.shares, queries, beta=self.start.std)
 
 
 def _added(one: Node | None, other: Node | None, factor: float) -> Node | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
-from torch_depthmup.diagnostics.nfd.building import implicit_model
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, checked_coupling, checked_dtype
+from torch_depthmup.diagnostics.nfd.building import built, hidden_matrices
+from torch_depthmup.diagnostics.nfd.gaussian import ROUNDED, Coupling, GaussianMatrix, checked_coupling, checked_dtype
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
 from torch_depthmup.diagnostics.nfd.simulate import check_memory
 from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds_of
@@ -110,14 +110,13 @@ def predict(
     checked_coupling(coupling), checked_dtype(dtype)
     which = seeds_of(seeds)
     inputs, targets = _moved(inputs, device, dtype), _moved(targets, device, dtype)
-    hidden: tuple[str, ...] = ()
+    hidden = hidden_matrices(make_model, width)
     outputs, losses = [], []
     rows: list[list[dict[str, Any]]] = []
     with bar("predicting", len(which) * steps, show=progress) as advance:
         for seed in which:
-            model = implicit_model(make_model, width, seed=seed, coupling=coupling, device=device, dtype=dtype)
+            model = built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype)
             weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
-            hidden = tuple(weights)
             _check_least_memory(weights, inputs, steps)
             stepping = optimizer(model)
             before = {name: _asked(weight) for name, weight in weights.items()}
@@ -129,7 +128,7 @@ def predict(
             outputs.append(torch.stack([output for output, _ in values]))
             losses.append(torch.stack([value for _, value in values]))
             rows += [] if monitor is None else [monitor.rows]
-    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), hidden, tuple(rows))
+    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), tuple(hidden), tuple(rows))
 
 
 def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) -> Any:
@@ -143,9 +142,15 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) ->
 def _check_least_memory(weights: Mapping[str, ImplicitWeight], inputs: Any, steps: int) -> None:
     """Before anything runs: each sample is at least one row of each matrix, in each pass."""
     samples = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 1)
-    sizes = sum((w.matrix.start.rows + w.matrix.start.columns) * w.element_size() for w in weights.values())
+    sizes = sum(_bytes(weight) for weight in weights.values())
     device = next(iter(weights.values())).device
     check_memory((2 * steps + 1) * samples * sizes, device, "Take fewer samples or steps, or less width")
+
+
+def _bytes(weight: ImplicitWeight) -> int:
+    """What a direction takes, with what is drawn for it, on the mean of both sides."""
+    start = weight.matrix.start
+    return (start.rows + start.columns) * (weight.element_size() + ROUNDED.itemsize) // 2
 
 
 def _asked(weight: ImplicitWeight) -> int:
@@ -216,7 +221,7 @@ class _Run:
             asked_by_probe, rows = watched[name] - self.before[name], _asked(weight) - self.before[name]
             rows = rows if self.monitor is None else max(rows - asked_by_probe, asked_by_probe // 2)
             queries = watched[name] + (2 * self.steps + 1) * rows + self.steps * asked_by_probe
-            own = queries * (start.rows + start.columns) * weight.element_size()
+            own = queries * _bytes(weight)
             needed, largest = needed + own, max(largest, own)
             asked = self.before[name] + (self.steps + 1) * (rows + asked_by_probe // 2)
             least = min(start.rows, start.columns)

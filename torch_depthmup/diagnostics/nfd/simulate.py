@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.nfd.dynamics import Network, backward, forward
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling, Noise, checked_coupling, checked_dtype
+from torch_depthmup.diagnostics.nfd.gaussian import ROUNDED, Coupling, Noise, checked_coupling, checked_dtype
 from torch_depthmup.diagnostics.nfd.record import Record
 from torch_depthmup.diagnostics.nfd.result import NFDResult, collect
 from torch_depthmup.diagnostics.nfd.setting import Setting, checked_data
@@ -28,8 +28,8 @@ __all__ = ["check_memory", "memory_estimate", "simulate"]
 def memory_estimate(setting: Setting, samples: int, held_out: int, width: int, seeds: int, bytes_each: int = 4) -> int:
     """Bytes that a simulation will take for its bases with their products, and for reference features."""
     queries = (setting.steps + 1) * (samples + held_out) + setting.steps * samples
-    per_layer = setting.block_layers * 2 * queries + 3 * (samples + held_out)
-    return setting.depth * per_layer * width * seeds * bytes_each
+    per_layer = setting.block_layers * queries * (bytes_each + ROUNDED.itemsize) + 3 * (samples + held_out) * bytes_each
+    return setting.depth * per_layer * width * seeds
 
 
 def simulate(

@@ -38,14 +38,18 @@ class _Draws:
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
+        self._uniform = (torch.arange(SAMPLE, dtype=torch.float64) + 0.5) / SAMPLE
+        normal = math.sqrt(2) * torch.erfinv(2 * self._uniform - 1)
+        self._normal = normal / normal.square().mean().sqrt()
+
+    def _shuffled(self, values: Tensor) -> Tensor:
+        return values[torch.randperm(SAMPLE, generator=self._generator)]
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        order = torch.randperm(SAMPLE, generator=self._generator)
-        return low + (high - low) * (order.double() + 0.5) / SAMPLE
+        return low + (high - low) * self._shuffled(self._uniform)
 
     def normal(self, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        values = math.sqrt(2) * torch.erfinv(2 * self.uniform() - 1)
-        return mean + std * values / values.square().mean().sqrt()
+        return mean + std * self._shuffled(self._normal)
 
 
 DRAWS = _Draws()
@@ -98,6 +102,9 @@ class Unformed(Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             args[0].law.sample = "values written to a part of it" if args[0].part else sample
             return args[0]
+        if isinstance(kwargs.get("out"), cls):
+            kwargs["out"].law.sample = sample
+            return kwargs["out"]
         if func._schema.is_mutable:
             raise DepthMuPError(f"the factory copies entries of a hidden matrix into another tensor ({packet})")
         return tree_map_only(Tensor, lambda t: cls.of(t, _Law(sample)), result)
