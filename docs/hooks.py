@@ -218,10 +218,23 @@ def _csv(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def script_of(name: str) -> Any:
+    """A script of the evidence as a module."""
+    sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+    return importlib.import_module(name)
+
+
+def peers(part: str) -> str:
+    """Other packages beside this one, as the script of these runs has them: "overview" or "transfers"."""
+    script = script_of("peers")
+    if part == "overview":
+        return table(script.OVERVIEW, script.overview())
+    return table(script.TRANSFERS, script.transfers())
+
+
 def horizon(path: str) -> str:
     """Best rates and regrets for other batch sizes and durations, as the script of these runs has them."""
-    sys.path.insert(0, str(ROOT / "examples" / "evidence"))
-    script = importlib.import_module("horizon")
+    script = script_of("horizon")
     with (ROOT / path).open() as file:
         return table(script.HEADER, script.regrets(csv.DictReader(file)))
 
@@ -246,4 +259,5 @@ WRITERS: dict[str, Callable[..., str]] = {
     "coverage": coverage,
     "setups": setups,
     "horizon": horizon,
+    "peers": peers,
 }

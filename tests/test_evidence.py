@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Callable
 from statistics import fmean
 
 import pytest
+import torch
+from models import FIELD, MORE, TABLE, TORCH_MODELS
 from pages import ROOT
+from torch import nn
+
+import torch_depthmup as dm
+
+sys.path.append(str(ROOT / "examples" / "evidence"))
+import peers  # noqa: E402  a script there
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -62,3 +72,103 @@ def test_what_the_page_of_batch_sizes_says_of_the_tuned_rate(setup: str, as_it_i
     page = (ROOT / "docs" / "how-to" / "batch_size.md").read_text()
     for how, said in (("as it is", as_it_is), ("rule", rule)):
         assert f"{loss_of(setup, how, 2.0**-9):.{len(said) - 2}f}" == said and said in page
+
+
+def after_two_steps(peer: str, depth: int, scaled: Callable[[int], nn.Module] | None = None) -> float:
+    """The loss on one batch; ``scaled`` makes the model in place of the peer's file."""
+    torch.manual_seed(0)
+    its = peers.module(peer)
+    model, optimizer = its.make(depth, True, 1e-2)
+    if scaled:
+        torch.manual_seed(0)
+        model = scaled(depth)
+        optimizer = dm.Adam(model.parameters(), lr=1e-2)
+    x, y = torch.randn(16, 768, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
+    return peers.one_pass(model, optimizer, [(x, y)] * 3, its.loss)[-1]
+
+
+def complete(depth: int) -> nn.Module:
+    """The plain network under this package's CompleteP."""
+    make = peers.module("plain torch").Network
+    model = make(depth, True)
+    state = torch.random.get_rng_state()
+    dm.parametrize(model, base=make(4, True), example_inputs=torch.ones(1, 768), rule="complete-p")
+    torch.random.set_rng_state(state)
+    return model
+
+
+def test_the_peers_network_is_one_at_the_base() -> None:
+    plain = after_two_steps("plain torch", 4)
+    assert {after_two_steps(peer, 4) for peer in ("CompleteP by hand", "torch_depthmup")} == {plain}
+
+
+def test_complete_p_by_hand_is_this_packages() -> None:
+    by_hand = after_two_steps("CompleteP by hand", 16)
+    assert by_hand == pytest.approx(after_two_steps("plain torch", 16, complete), rel=1e-4)
+    assert by_hand != pytest.approx(after_two_steps("plain torch", 16), rel=1e-2)
+
+
+@pytest.mark.parametrize("peer", ["mup", "unit-scaling"])
+def test_the_other_peers_train(peer: str) -> None:
+    assert after_two_steps(peer, 4) < 2.5
+
+
+def test_the_networks_of_others_that_peers_were_tried_on_are_those_of_the_zoo() -> None:
+    zoo, tried = (
+        {e.name for e in (*TORCH_MODELS, *TABLE, *MORE, *FIELD)},
+        {r["network"] for r in peers.committed("zoo")},
+    )
+    assert tried <= zoo and len(zoo - tried) <= 10  # those added since
+
+
+def test_what_the_page_says_of_other_peoples_networks() -> None:
+    rows = peers.committed("zoo")
+    trained = sum(row["unit_scale"] == "runs" for row in rows)
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    assert f"gives {trained} of the {len(rows)} networks that can be trained" in page
+
+
+def test_peers_were_trained_on_the_same_seeds() -> None:
+    found = {(r["peer"], r["blocks"], r["depth"], r["seed"]) for r in peers.committed("depth")}
+    assert len(found) == len(peers.PEERS) * 2 * 2 * 3
+
+
+def test_a_regret_is_the_paired_difference_to_the_deep_optimum() -> None:
+    losses = {4: {-3: (3, 3), -2: (1, 1), -1: (2, 2)}, 32: {-3: (1.0, 1.5), -2: (1.5, 2.25), -1: (9, 9)}}
+    rows = [
+        {"peer": "a", "blocks": "b", "depth": depth, "log2_lr": lr, "seed": seed, "loss": loss}
+        for depth, curve in losses.items() for lr, of in curve.items() for seed, loss in enumerate(of)
+    ]  # fmt: skip
+    said = peers.regret(rows, "a", "b")
+    assert said["best"] == {4: "2^-2", 32: "<= 2^-3"}
+    assert (said["regret"], said["error"]) == pytest.approx((0.625, 0.125))
+
+
+def at_depth_32(peer: str, blocks: str, tuned_at: int) -> list[float]:
+    """The losses of the seeds, with the rate that was best at one of the depths."""
+    rows = peers.committed("depth")
+    power = int(peers.regret(rows, peer, blocks)["best"][tuned_at].rpartition("^")[2])
+    key = {"peer": peer, "blocks": blocks, "depth": "32", "log2_lr": str(power)}
+    return [float(row["loss"]) for row in rows if key.items() <= row.items()]
+
+
+def test_what_the_page_says_of_peers_with_norms() -> None:
+    ours = at_depth_32("torch_depthmup", "with norm", tuned_at=4)
+    for peer in set(peers.PEERS) - {"torch_depthmup"}:
+        assert all(a < b for a, b in zip(ours, at_depth_32(peer, "with norm", tuned_at=4), strict=True))
+
+
+def test_what_the_page_says_of_peers_without_norms() -> None:
+    ours = at_depth_32("torch_depthmup", "without", tuned_at=4)
+    theirs = at_depth_32("unit-scaling", "without", tuned_at=4)
+    assert sum(a > b for a, b in zip(ours, theirs, strict=True)) == 2 and fmean(theirs) < fmean(ours)
+    for peer in ("mup", "plain torch"):
+        assert fmean(at_depth_32(peer, "without", tuned_at=32)) < fmean(at_depth_32("torch_depthmup", "without", 32))
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+@pytest.mark.parametrize("blocks", peers.NORMS)
+def test_only_what_scales_depth_has_small_regrets(peer: str, blocks: str) -> None:
+    said = peers.regret(peers.committed("depth"), peer, blocks)
+    assert not any(best.startswith(("<", ">")) for best in said["best"].values())
+    assert (said["regret"] > 0.03) if peer in ("plain torch", "mup") else (said["regret"] < 0.02)

@@ -46,9 +46,25 @@ PEERS = {
     "mup": ("with_mup", (-12, -6)),
     "CompleteP by hand": ("with_completep", (-12, -7)),
     "unit-scaling": ("with_unit_scaling", (-5, 0)),
-    "torch_depthmup": ("with_depthmup", (-12, -7)),
+    "torch_depthmup": ("with_depthmup", (-13, -7)),
 }
 """Files of the folder, and the powers of two of their learning rates."""
+RULES = {
+    "plain torch": "none",
+    "mup": "none; width",
+    "CompleteP by hand": "branches and eps",
+    "unit-scaling": "branches and rates, of its own modules",
+    "torch_depthmup": "branches, rates, decay and eps",
+}
+"""What each scales in depth."""
+OVERVIEW = [
+    "",
+    "lines added or changed",
+    "scales in depth",
+    "networks of others, as built",
+    "step time over plain torch",
+]
+TRANSFERS = ["blocks", "", "best rate at depth 4", "at 32", "loss at 4", "at 32 with the rate of 4", "at 32", "regret"]
 BATCH, STEPS, SHALLOW, DEEP, TIMED = 128, 150, 4, 32, 16
 NORMS = {"with norm": True, "without": False}
 Rows = list[dict[str, Any]]
@@ -56,7 +72,8 @@ Rows = list[dict[str, Any]]
 
 def module(peer: str) -> ModuleType:
     """The file of a peer; it is imported where it is asked for, so that only what is used need be installed."""
-    sys.path.insert(0, str(SAME))
+    if str(SAME) not in sys.path:
+        sys.path.append(str(SAME))
     return importlib.import_module(PEERS[peer][0])
 
 
@@ -150,15 +167,14 @@ def _step(its: ModuleType, x: torch.Tensor, y: torch.Tensor) -> Callable[[], Non
 
 def zoo() -> Rows:
     """For each network of the tests what this package and unit-scaling's transformation say to it as it is."""
-    sys.path.insert(0, str(TESTS))
+    sys.path.append(str(TESTS))
     importlib.import_module("torchvision_shim")
     models = importlib.import_module("models")
     rows: Rows = []
-    for entry in models.ZOO + models.FIELD:
-        if entry.available and (entry.requires or entry.name.startswith("torch")):
-            found = {"torch_depthmup": _parametrized(entry), "unit_scale": _unit_scaled(entry)}
-            rows.append({"network": entry.name, "from": entry.requires or "torch", **found})
-            print(rows[-1], flush=True)
+    for entry in models.TORCH_MODELS + models.TABLE + models.MORE + models.FIELD:
+        found = {"torch_depthmup": _parametrized(entry), "unit_scale": _unit_scaled(entry)}
+        rows.append({"network": entry.name, "from": entry.requires or "torch", **found})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -207,6 +223,30 @@ def written(part: str, rows: Rows) -> None:
         writer.writerows(rows)
 
 
+def committed(part: str) -> list[dict[str, str]]:
+    with (HERE / f"peers_{part}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def overview() -> list[list[str]]:
+    """A row for each peer: lines, step time over plain torch's with quartiles, networks scaled in depth as they are."""
+    ratios = {row["peer"]: f"{row['ratio']} [{row['low']}, {row['high']}]" for row in committed("time")}
+    networks = committed("zoo")
+    scaled = sum(row["torch_depthmup"] in ("fold", "wrap") for row in networks)
+    found = {peer: f"0 of {len(networks)}" for peer in PEERS} | {"torch_depthmup": f"{scaled} of {len(networks)}"}
+    return [[peer, str(lines(peer)), RULES[peer], found[peer], ratios[peer]] for peer in PEERS]
+
+
+def transfers() -> list[list[str]]:
+    """A row for each peer and kind of blocks: best rates, losses, and the regret of the shallow rate with its error."""
+    rows, found = committed("depth"), []
+    for (peer, _), blocks in product(PEERS.items(), NORMS):
+        said = regret(rows, peer, blocks)
+        losses = [f"{said[name]:.3f}" for name in ("shallow", "transferred", "deep")]
+        found.append([blocks, peer, *said["best"].values(), *losses, f"{said['regret']:.3f} ± {said['error']:.3f}"])
+    return sorted(found, key=lambda row: list(NORMS).index(row[0]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help=f"{DATA}; only depth needs it")
@@ -225,11 +265,9 @@ def main() -> None:
         "zoo": zoo,
     }
     for part in [options.only] if options.only else parts:
-        rows = parts[part]()
-        written(part, rows)
-        if part == "depth":
-            for peer, blocks in product(PEERS, NORMS):
-                print(peer, blocks, regret(rows, peer, blocks))
+        written(part, parts[part]())
+    for header, rows in ((OVERVIEW, overview()), (TRANSFERS, transfers())):
+        print("", *("   ".join(row) for row in (header, *rows)), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -92,7 +92,7 @@ def narrow(depth: int, width: int) -> nn.Module:
 
 def drawn(predicted: Sweep, trained: Sweep, widths: tuple[int, int]) -> Figure:
     """A panel for each rule: loss against learning rate, a colour for each depth; lines predicted, marks trained."""
-    figure = Figure(figsize=(3.6 * len(RULES), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(RULES), 3.5), layout="constrained")
     for panel, rule in zip(figure.subplots(1, len(RULES), sharey=True), RULES, strict=True):
         for i, depth in enumerate(predicted.depths):
             for sweep, style, what in ((predicted, "-", "predicted"), (trained, "o", "trained")):
@@ -103,7 +103,8 @@ def drawn(predicted: Sweep, trained: Sweep, widths: tuple[int, int]) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set(yscale="log", title=rule, xlabel="learning rate of the base")
     figure.axes[0].set_ylabel(f"loss after {STEPS} steps")
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=len(predicted.depths))
     return figure
 
 

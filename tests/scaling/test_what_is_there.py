@@ -25,6 +25,7 @@ class Spelling:
     branch: Factor = lambda i, L: 1.0
     skip: Factor = lambda i, L: 1.0
     times: Callable[[Tensor, float], Tensor] = lambda value, number: value * number
+    add: Callable[[Tensor, Tensor, float, float], Tensor] | None = None  # instead of two products and a sum
     scalars: str = ""  # parameters that multiply branches: one for each layer, or one for all
     post: bool = False  # a norm on the trunk, none in the branch
     start: Callable[[nn.Module, int, int], object] = field(default=lambda layer, i, L: None)
@@ -49,11 +50,15 @@ class Net(nn.Module):
         x, say = self.stem(x), self.spelling
         for i, (body, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             value = body(x)
+            a, b = say.skip(i + 1, self.depth), say.branch(i + 1, self.depth)
+            if say.add is not None and not alone:
+                x = norm(say.add(x, value, a, b))
+                continue
             if self.each is not None or self.all is not None:
                 value = value * self.each[i] if self.each is not None else self.all[i] * value
-            elif (b := say.branch(i + 1, self.depth)) != 1:
+            elif b != 1:
                 value = say.times(value, b)
-            skip = x if (a := say.skip(i + 1, self.depth)) == 1 else say.times(x, a)
+            skip = x if a == 1 else say.times(x, a)
             if alone:
                 self.seen.append(float((value.norm() / skip.norm()).log()))
             x = norm(skip if alone else skip + value)
@@ -100,6 +105,10 @@ SPELLINGS = {
     "f / sqrt(L)": Spelling(root),
     "f / sqrt(L), divided": Spelling(root, times=divided),
     "f / sqrt(L), by a tensor": Spelling(root, times=by_a_tensor),
+    "f / sqrt(L), as alpha": Spelling(root, add=lambda x, f, a, b: torch.add(x, f, alpha=b)),
+    "f / sqrt(L), as alpha in place": Spelling(root, add=lambda x, f, a, b: x.clone().add_(f, alpha=b)),
+    "f / sqrt(L), by addcmul": Spelling(root, add=lambda x, f, a, b: torch.addcmul(x, f, torch.ones_like(f), value=b)),
+    "DeepNorm's skip, as alpha": Spelling(skip=deepnorm, post=True, add=lambda x, f, a, b: torch.add(f, x, alpha=a)),
     "f / L": Spelling(lambda i, L: 1 / L),
     "1.4 f / sqrt(L), as MiniCPM": Spelling(lambda i, L: 1.4 * L**-0.5),
     "DeepNorm's skip": Spelling(skip=deepnorm, post=True),

@@ -158,7 +158,7 @@ def relative_sizes(
         beside = float(entries(skip).square().mean().sqrt())
         size = float(entries(value).square().mean().sqrt())
         if beside > 0 and math.isfinite(size / beside) and size > 0:
-            sizes[branch] = size / beside
+            sizes[branch] = found.traced[branch].numbers.alpha * size / beside
         return torch.zeros_like(value)
 
     inside = {name for branch in found.branches for name in (*branch.inner, *branch.outer)}

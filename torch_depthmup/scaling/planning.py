@@ -419,7 +419,7 @@ def _what_is_there(
 def _number(numbers: Numbers, scales: Mapping[str, float], is_settled: bool) -> float:
     """What numbers multiply a branch with beside its skip, once its scalars have the sizes that they should have."""
     on_branch = numbers.branch * math.prod(scales.get(name, 1.0) for name in numbers.scalars)
-    return (1.0 if is_settled else on_branch) / numbers.skip
+    return numbers.alpha * (1.0 if is_settled else on_branch) / numbers.skip
 
 
 def _inside(branch: Branch) -> tuple[str, ...]:

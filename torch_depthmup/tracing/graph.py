@@ -15,7 +15,7 @@ from torch import nn
 
 from torch_depthmup.errors import TracingError
 from torch_depthmup.running import is_sharded, quiet, tensors_in, trial
-from torch_depthmup.tracing.numbers import factor_of, power_of
+from torch_depthmup.tracing.numbers import alpha_of, factor_of, power_of
 from torch_depthmup.tracing.operations import Kind, Number, kind_of, kind_of_write
 from torch_depthmup.tracing.recorder import Edge, Recorder, producer
 
@@ -54,6 +54,7 @@ class Node:
             ``meta``.
         power: the power of a positive factor of its data that its value gets, 1 for what is linear and 2 for a square;
             NaN where there is none. Of a product or quotient of two data it is each one's.
+        alpha: what a sum multiplies its second operand with.
     """
 
     kind: Kind
@@ -70,6 +71,7 @@ class Node:
     function: str = ""
     factor: float = 1.0
     power: float = math.nan
+    alpha: float = 1.0
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -336,6 +338,7 @@ def _node(
         shape=shapes[0] if shapes else (),
         function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
         factor=factor_of(kind, autograd_node),
+        alpha=alpha_of(autograd_node),
         power=power_of(kind, autograd_node),
     )
 

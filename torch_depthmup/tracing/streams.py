@@ -44,13 +44,17 @@ def numbers_of(graph: Graph, found: list[ResidualAddition]) -> list[Numbers]:
     it, up to a norm.
     """
     skips: dict[int, float] = {}
-    factors = []
+    found_numbers = []
     for residual in found:
+        addition = graph.nodes[residual.node]
+        second = addition.inputs[1] if addition.alpha not in (0, 1) and len(addition.inputs) > 1 else -1
+        alphas = [abs(addition.alpha) if operand == second else 1.0 for operand in (residual.branch, residual.skip)]
         skip, _, end = _numbers(graph, residual.skip, skips)
-        skips[residual.node] = skip * skips.get(end, 1.0)
+        skip *= skips.get(end, 1.0)
+        skips[residual.node] = skip * alphas[1]
         branch, scalars, _ = _numbers(graph, residual.branch, skips)
-        factors.append(Numbers(branch, skips[residual.node], scalars))
-    return factors
+        found_numbers.append(Numbers(branch, skip, scalars, alphas[0] / alphas[1]))
+    return found_numbers
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Numbers:
         branch: the product of those on the branch, without signs.
         skip: of those on the skip.
         scalars: names of the parameters that some of those on the branch are the values of.
+        alpha: what the addition itself multiplies the branch with further, beside the skip.
     """
 
     branch: float = 1.0
     skip: float = 1.0
     scalars: frozenset[str] = frozenset()
+    alpha: float = 1.0
 
 
 def _numbers(graph: Graph, node: int, additions: Collection[int]) -> tuple[float, frozenset[str], int]:
