@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Callable
 from statistics import fmean
@@ -172,3 +173,23 @@ def test_only_what_scales_depth_has_small_regrets(peer: str, blocks: str) -> Non
     said = peers.regret(peers.committed("depth"), peer, blocks)
     assert not any(best.startswith(("<", ">")) for best in said["best"].values())
     assert (said["regret"] > 0.03) if peer in ("plain torch", "mup") else (said["regret"] < 0.02)
+
+
+def at_depth_64(setup: str, power: int) -> dict[str, list[float]]:
+    """Losses of a set-up on images with a power of two as its learning rate, by rule, in the order of the seeds."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows(f"evidence/vision_transfer_{setup}.csv"):
+        if row["depth"] == "64" and round(math.log2(float(row["lr"]))) == power:
+            found.setdefault(row["rule"], []).append((int(row["seed"]), float(row["loss"])))
+    return {rule: [loss for _, loss in sorted(runs)] for rule, runs in found.items()}
+
+
+def test_what_is_said_of_the_networks_on_images() -> None:
+    conv, vit = at_depth_64("conv", -9), at_depth_64("vit", -9)
+    order = ("depth-mup", "depth-mup-corrected", "complete-p", "mup")
+    assert all(sorted(conv, key=lambda rule: conv[rule][seed]) == list(order) for seed in range(5))
+    assert all(min(vit, key=lambda rule: vit[rule][seed]) == "complete-p" for seed in range(5))
+    assert [f"{fmean(conv[rule]):.3f}" for rule in order] == ["1.678", "1.694", "1.719", "1.781"]
+    assert [f"{fmean(vit[rule]):.3f}" for rule in order] == ["1.860", "1.863", "1.837", "1.999"]
+    lowest = {rule: min(fmean(at_depth_64("vit", power)[rule]) for power in range(-13, -7)) for rule in order}
+    assert (f"{lowest['depth-mup-corrected']:.3f}", f"{lowest['complete-p']:.3f}") == ("1.833", "1.827")

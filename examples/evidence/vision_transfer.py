@@ -10,8 +10,8 @@ and a linear head. PyTorch's own initialization, Adam, batches of 64. Depth coun
 block has two. The loss of a run is the mean of the last fifth of its training losses, each on images that are new.
 
 Finished runs are kept in a file (--runs): the same command goes on where it was stopped, also with more --seeds. Writes
-vision_transfer_SETUP.csv beside this file and figures/vision_transfer_SETUP.png. A set-up of two seeds takes
-up to an hour and a half of one core.
+vision_transfer_SETUP.csv beside this file and figures/vision_transfer_SETUP.png. A set-up of five seeds takes
+one to two and a half hours of one core.
 """
 
 from __future__ import annotations
