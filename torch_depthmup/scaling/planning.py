@@ -339,7 +339,7 @@ def _wanted_sizes(
 
 def _reason(name: str, role: Role, branch: Branch | None, streams: Sequence[Stream], found: Trace) -> str:
     if role == "trunk":
-        return "a norm on the residual stream itself, one for each addition: lr multiplier 1 / depth multiplier"
+        return "on the stream itself (a norm, a scaled skip), one for each addition: lr multiplier 1 / depth multiplier"
     if branch is None:
         if name in found.shared:
             return f"shared by the branches {', '.join(found.shared[name][:4])}: depth multiplier 1"

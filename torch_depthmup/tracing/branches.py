@@ -36,7 +36,7 @@ from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import carrier_of
 from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
 from torch_depthmup.tracing.streams import Numbers, loose_matrices, numbers_of, sides_of, streams_of
-from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
+from torch_depthmup.tracing.uses import Use, skip_parameters, trunk_parameters, uses_of
 
 __all__ = [
     "Branch",
@@ -388,11 +388,16 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         uses=uses_of(graph),
         attentions=attentions_of(graph),
         functions=tuple(dict.fromkeys(node.function for node in graph.nodes if node.function)),
-        trunk=trunk_parameters(
-            graph,
-            {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
-            [residual.start for residual in found],
-        ),
+        trunk={
+            **trunk_parameters(
+                graph,
+                {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
+                [residual.start for residual in found],
+            ),
+            **skip_parameters(
+                graph, [(r.start, r.skip, stream) for r, stream in zip(found, streams, strict=True) if not r.projection]
+            ),
+        },
     )
 
 
