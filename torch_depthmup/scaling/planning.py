@@ -327,7 +327,8 @@ def _wanted_sizes(
             continue
         kinds[name] = other.kind
         width = (wide or {}).get(name)
-        if width is None and theirs[other.name].shape != ours[name].shape:
+        resized = width is not None and bool(width.widths)
+        if not resized and theirs[other.name].shape != ours[name].shape:  # numbers of each layer, say
             continue
         size = initial_size(theirs[other.name], bounds.get(other.name))
         if size is not None:
@@ -339,7 +340,7 @@ def _wanted_sizes(
 
 def _reason(name: str, role: Role, branch: Branch | None, streams: Sequence[Stream], found: Trace) -> str:
     if role == "trunk":
-        return "a norm on the residual stream itself, one for each addition: lr multiplier 1 / depth multiplier"
+        return "on the stream itself (a norm, a scaled skip), one for each addition: lr multiplier 1 / depth multiplier"
     if branch is None:
         if name in found.shared:
             return f"shared by the branches {', '.join(found.shared[name][:4])}: depth multiplier 1"
@@ -373,9 +374,9 @@ def _what_is_there(
         for o in counterparts(kind_of, (name for name, _ in base.model.named_parameters())).values()
         if o is not None
     }
-    ours = [_kind(b, kind_of) for b in seen.found.branches]
-    theirs = [_kind(b, {name: base_kinds.get(normalise_name(name), "") for name in _inside(b)}) for b in
-              base.found.branches]  # fmt: skip
+    ours = [_kind(b, kind_of, seen.found) for b in seen.found.branches]
+    its_kinds = {name: base_kinds.get(normalise_name(name), "") for b in base.found.branches for name in _inside(b)}
+    theirs = [_kind(b, its_kinds, base.found) for b in base.found.branches]
     scales = {name: width * depth for name, (width, depth) in corrections.items()}
     sizes: list[dict[int, float]] = [{}, {}]
     if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
@@ -426,9 +427,12 @@ def _inside(branch: Branch) -> tuple[str, ...]:
     return (*branch.inner, *branch.outer)
 
 
-def _kind(branch: Branch, kind_of: Mapping[str, str]) -> tuple[str, ...]:
-    """What the branches of one kind share: the kinds of their parameters, and their skip."""
-    return (branch.skip, *sorted({kind_of[name] for name in _inside(branch)}))
+def _kind(branch: Branch, kind_of: Mapping[str, str], found: Trace) -> tuple[str, ...]:
+    """What the branches of one kind share: the kinds of their parameters, and their skip.
+
+    A stack, which holds entries for every block, stands in the first of them only.
+    """
+    return (branch.skip, *sorted({kind_of[name] for name in _inside(branch) if name not in found.stacked}))
 
 
 def _corrections(entries: Sequence[PlannedParameter], model: nn.Module) -> dict[str, tuple[float, float]]:

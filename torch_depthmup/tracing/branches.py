@@ -36,7 +36,7 @@ from torch_depthmup.tracing.operations import Number
 from torch_depthmup.tracing.parameters import carrier_of
 from torch_depthmup.tracing.producers import Producer, returned_by, summands_of
 from torch_depthmup.tracing.streams import Numbers, loose_matrices, numbers_of, sides_of, streams_of
-from torch_depthmup.tracing.uses import Use, trunk_parameters, uses_of
+from torch_depthmup.tracing.uses import Use, skip_parameters, trunk_parameters, uses_of
 
 __all__ = [
     "Branch",
@@ -184,6 +184,7 @@ class Trace:
             excluded.
         uses: what the network does with each parameter.
         attentions: of the network, in forward order.
+        stacked: parameters of which several branches of a stream use entries; they stand in the first of these.
         trunk: the parameters of norms on a residual stream itself, with the stream.
         functions: names of the user's autograd Functions, which may hide sums.
         left_alone: all other sums, with the reason for each kind.
@@ -196,6 +197,7 @@ class Trace:
     loose: frozenset[str] = frozenset()
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     attentions: tuple[Attention, ...] = ()
+    stacked: frozenset[str] = frozenset()
     trunk: Mapping[str, int] = field(default_factory=dict)
     functions: tuple[str, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
@@ -361,6 +363,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
     beside = serving_one_block(graph, found, names, streams)
     sides |= {name: (i, 0) for name, i in beside.items() if name not in sides and name not in shared}
     carriers = _carriers(graph, found, sides)
+    users = Counter((name, stream) for r, stream in zip(found, streams, strict=True) for name in r.parts.sides)
     traced = []
     for i, residual in enumerate(found):
         inner, outer = ([name for name, (at, side) in sides.items() if at == i and side == s] for s in (0, 1))
@@ -387,12 +390,18 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         reached=frozenset().union(*(node.weights for node in graph.nodes)),
         uses=uses_of(graph),
         attentions=attentions_of(graph),
+        stacked=frozenset(name for (name, _), count in users.items() if count > 1 and name in sides),
         functions=tuple(dict.fromkeys(node.function for node in graph.nodes if node.function)),
-        trunk=trunk_parameters(
-            graph,
-            {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
-            [residual.start for residual in found],
-        ),
+        trunk={
+            **trunk_parameters(
+                graph,
+                {residual.node: stream for residual, stream in zip(found, streams, strict=True)},
+                [residual.start for residual in found],
+            ),
+            **skip_parameters(
+                graph, [(r.start, r.skip, stream) for r, stream in zip(found, streams, strict=True) if not r.projection]
+            ),
+        },
     )
 
 

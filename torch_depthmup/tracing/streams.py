@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch_depthmup.tracing.additions import ResidualAddition, nearest_additions
 from torch_depthmup.tracing.choosing import above
 from torch_depthmup.tracing.graph import Graph
+from torch_depthmup.tracing.stacks import has_entries_for_each
 
 __all__ = ["Numbers", "loose_matrices", "numbers_of", "sides_of", "streams_of"]
 
@@ -114,12 +115,22 @@ def sides_of(
         if name not in elsewhere and (nested or _are_parallel(at, found, streams, is_once=places[name] == 1)):
             first = innermost if nested else max(at, key=lambda i: (streams.count(streams[i]), i == innermost))
             sides[name] = (first, at[first])
+        elif name not in elsewhere and _is_stacked(graph, name, at, found, streams):
+            sides[name] = (min(at), at[min(at)])
     shared = users.keys() - sides.keys()
     # A table that each layer reads through weights of its own is shared and not tied; a factor of which every
     # parameter is shared is one matrix at several depths.
     factors = set().union(*(residual.parts.factors for residual in found))
     tied = {name for factor in factors if factor <= shared for name in factor}
     return sides, {name: tuple(names[i] for i in at) for name, at in users.items() if name in tied}
+
+
+def _is_stacked(
+    graph: Graph, name: str, at: Mapping[int, int], found: list[ResidualAddition], streams: list[int]
+) -> bool:
+    """Whether branches of one stream take entries of their own, all on one side."""
+    places = {(streams[i], side) for i, side in at.items()}
+    return len(places) == 1 and has_entries_for_each(graph, name, [found[i].parts.nodes for i in at])
 
 
 def _are_parallel(at: Mapping[int, int], found: list[ResidualAddition], streams: list[int], *, is_once: bool) -> bool:

@@ -10,7 +10,7 @@ from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.norms import is_divided_by_its_size
 from torch_depthmup.tracing.operations import Kind
 
-__all__ = ["Use", "trunk_parameters", "uses_of"]
+__all__ = ["Use", "skip_parameters", "trunk_parameters", "uses_of"]
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,19 @@ def trunk_parameters(graph: Graph, additions: Mapping[int, int], starts: Iterabl
             names += [name for j in graph.weight_inputs(node) for name in sorted(graph.nodes[j].weights)]
         else:
             found.update(dict.fromkeys(names, stream))
+    return found
+
+
+def skip_parameters(graph: Graph, skips: Iterable[tuple[int, int, int]]) -> dict[str, int]:
+    """The parameters that scale a skip, as in ``lambdas[i] * x + f(x)``, with their stream.
+
+    Args:
+        graph: the forward pass.
+        skips: for each addition without a projection the node that branch and skip start from, the skip, the stream.
+    """
+    found: dict[str, int] = {}
+    for start, node, stream in skips:
+        while node != start and len(data := graph.data_inputs(node)) == 1:
+            found |= {name: stream for j in graph.weight_inputs(node) for name in graph.nodes[j].weights}
+            node = data[0]
     return found
