@@ -42,7 +42,7 @@ __all__ = [
 
 Role = Literal["outside", "inner", "outer", "trunk"]
 """Where a parameter stands: outside every branch, before the branch's outer weight operation, from it on, or on the
-trunk between two residual additions, as the norms of a post-norm network do."""
+trunk between two residual additions, as the norms of a post-norm network do, and what scales a skip."""
 
 TRUNK = -1.0
 """Exponent of the lr multiplier of trunk parameters in the depth ratio, for every family and every rule that scales
