@@ -212,3 +212,18 @@ def test_values_of_a_model_without_a_plan_are_converted_without_the_factor_that_
     assert torch.allclose(found["1.down.weight"], plain[1].down.weight * 0.5**0.5)
     model.load_state_dict(found)
     assert torch.allclose(model(INPUTS), plain(INPUTS), atol=1e-5)
+
+
+def test_a_model_that_is_only_made_known_keeps_the_rates_for_the_factor_that_is_there():
+    model = equalised("weight", WIDTH, 4)
+    plan = dm.plan(model, base=equalised("weight", BASE, 2), example_inputs=INPUTS)
+    attached = dm.attach(model, plan, rates_only=True)
+    assert attached["1.up.weight"].folded == attached["1.down.weight"].folded == pytest.approx(2.0)
+
+
+def test_values_of_a_model_that_nothing_was_folded_into_are_converted_without_that_factor():
+    plain, model = equalised("weight", WIDTH, 4), equalised("weight", WIDTH, 4)
+    saved = dm.parametrize(plain, depth_multiplier=1, example_inputs=INPUTS, rule="mup")
+    dm.parametrize(model, base=equalised("weight", BASE, 4), example_inputs=INPUTS, rule="mup")
+    found = dm.convert_state_dict(plain.state_dict(), model, plan=saved)
+    assert torch.equal(found["1.down.weight"], plain[1].down.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import mup
 import pytest
@@ -174,16 +175,19 @@ class LearnedQueries(nn.Module):
         queries = self.norm(self.queries) if "norm" in self.spelling else self.queries
         q = self.q(queries).expand(len(x), -1, -1) if "late" not in self.spelling else self.q(queries)[None]
         k, v = self.kv(self.stem(x)).chunk(2, -1)
-        q, k, v = (z.unflatten(-1, (-1, 4)).transpose(1, 2) for z in (q, k, v))
-        mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+        heads = (2, -1) if "larger heads" in self.spelling else (-1, 4)
+        q, k, v = (z.unflatten(-1, heads).transpose(1, 2) for z in (q, k, v))
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
         pooled = mixed.transpose(1, 2).flatten(2)
         return self.head(pooled + queries if "residual" in self.spelling else pooled)
 
 
-@pytest.mark.parametrize("spelling", ["norm, residual", "norm", "late", "plain, residual"])
+@pytest.mark.parametrize("spelling", ["norm, residual", "norm", "late", "plain, residual", "residual, larger heads"])
 def test_learned_queries_are_embeddings_and_not_readouts(spelling):
     model, base = LearnedQueries(64, spelling), LearnedQueries(16, spelling)
-    plan = dm.plan(model, base=base, example_inputs=torch.randn(2, 7, 5), rule="mup")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "1 attentions have heads of another size")
+        plan = dm.plan(model, base=base, example_inputs=torch.randn(2, 7, 5), rule="mup")
     assert plan["queries"].width.kind == "vector" and plan["queries"].folded == 1.0
     assert plan["q.weight"].width.kind == "hidden"
 
@@ -251,3 +255,15 @@ def test_a_norm_after_a_projection_to_a_fixed_size_is_seen_however_it_is_written
     is_norm = norm not in ("none", "by another size", "square", "beside it")
     assert plan["down.weight"].width.kind == ("hidden" if is_norm else "readout")
     assert plan["up.weight"].width.kind == "vector" and plan["head.weight"].width.kind == "readout"
+
+
+@pytest.mark.parametrize("also", [lambda z: z, lambda z: z / 2], ids=["itself", "half of it"])
+def test_a_value_that_the_model_returns_beside_its_norm_is_read_out(also):
+    class Returning(Compressed):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.down(self.stem(x))
+            return self.head(torch.tanh(self.up(NORMS["root mean square"](z)))), also(z)
+
+    pair = (Returning(width, "") for width in (32, 8))
+    plan = dm.plan(next(pair), base=next(pair), example_inputs=torch.randn(4, 5), rule="mup")
+    assert plan["down.weight"].width.kind == "readout"

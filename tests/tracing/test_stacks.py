@@ -79,16 +79,17 @@ def test_a_stack_trains_as_parameters_of_the_blocks_do(entries: str, optimizer: 
 class Tied(nn.Module):
     def __init__(self, depth: int, entries: int):
         super().__init__()
-        self.depth, self.stem, self.w = depth, nn.Linear(5, 8), nn.Parameter(torch.randn(entries, 8, 8) / 3)
+        self.depth, self.entries = depth, entries
+        self.stem, self.w = nn.Linear(5, 8), nn.Parameter(torch.randn(max(entries, 4), 8, 8) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
+        h, taken = self.stem(x), self.w.unbind()
         for i in range(self.depth):
-            h = h + torch.tanh(h) @ self.w[i % len(self.w)].T
+            h = h + torch.tanh(h) @ (self.w[i % self.entries].T if self.entries < 4 else taken[i // 2])
         return h
 
 
-@pytest.mark.parametrize("entries", [1, 2])
+@pytest.mark.parametrize("entries", [1, 2, 8])
 def test_entries_that_several_blocks_take_are_tied_weights(entries: int) -> None:
     with pytest.raises(PlanError, match="tied"):
         dm.plan(Tied(8, entries), depth_multiplier=4, example_inputs=X)

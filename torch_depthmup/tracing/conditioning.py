@@ -27,14 +27,12 @@ def serving_one_block(
         names: of their branches.
         streams: of their branches.
     """
-    served, on_streams = _served(graph, found), 0
-    for residual in found:
-        on_streams |= 1 << residual.node | 1 << residual.start
+    served = _served(graph, found)
     places: dict[str, set[frozenset[int]]] = {}
     elsewhere: set[str] = set()
     for i, node in enumerate(graph.nodes):
         weights = {name for j in graph.weight_inputs(i) for name in graph.nodes[j].weights} if node.is_data else set()
-        if i in served and not node.ancestors & on_streams and _is_one_block(served[i], names, streams):
+        if i in served and _is_one_block(served[i], names, streams):
             for name in weights:
                 places.setdefault(name, set()).add(served[i])
         else:

@@ -18,6 +18,8 @@ FAR = 40  # nodes that a norm may have
 
 def is_divided_by_its_size(graph: Graph, node: int) -> bool:
     """Whether a positive factor of a node's value changes nothing but for the small numbers that keep norms finite."""
+    if node in graph.outputs:
+        return False
     degrees, pending, found = {node: 1.0}, list(graph.consumers[node]), False
     heapq.heapify(pending)
     while pending:
