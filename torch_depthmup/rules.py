@@ -461,9 +461,8 @@ def _muon_width(width: Width, adjust_lr: str | None) -> float:
 
     A readout's product is multiplied by ``1 / width_mult``, which its step makes up for.
     """
-    kept = (
-        width.widths[0] if width.summed is None else 1 - width.summed
-    )  # an embedding keeps the last, others the first
+    # The dimension that is the fan-out: what is not summed over.
+    kept = width.widths[0] if width.summed is None else 1 - width.summed
     given = MUON_SHAPES[adjust_lr or "original"]
 
     def wanted(dims: tuple[int, ...]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mup
 import pytest
 import torch
 from torch import Tensor, nn
@@ -227,3 +228,15 @@ def test_values_of_a_model_that_nothing_was_folded_into_are_converted_without_th
     dm.parametrize(model, base=equalised("weight", BASE, 4), example_inputs=INPUTS, rule="mup")
     found = dm.convert_state_dict(plain.state_dict(), model, plan=saved)
     assert torch.equal(found["1.down.weight"], plain[1].down.weight)
+
+
+def test_mups_own_shared_readout_of_scaled_embeddings_is_refused_and_a_tied_linear_works():
+    def network(width: int) -> Embedded:
+        model = Embedded("tied", width)
+        model.head = mup.MuSharedReadout(model.words.weight, bias=False)
+        return model
+
+    with pytest.raises(PlanError, match="Tie an nn.Linear to it instead"):
+        dm.plan(network(WIDTH), base=network(BASE), example_inputs=TOKENS, rule="mup")
+    plan = dm.plan(Embedded("tied", WIDTH), base=Embedded("tied", BASE), example_inputs=TOKENS, rule="mup")
+    assert plan.hooks[0].multiplier == pytest.approx((WIDTH / BASE) ** -0.5)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
+import mup
 import pytest
 import torch
 from blocks import PreNorm
@@ -227,3 +228,16 @@ def test_on_meta_the_numbers_around_a_readout_are_seen(kind):
         model = reader(kind, 4 * BASE)
     plan = dm.plan(model, base=reader(kind, BASE), example_inputs=TOKENS, rule="mup")
     assert plan["head.weight"].folded == pytest.approx(4 ** -HEADS[kind][2])
+
+
+def test_mups_own_shared_readout_divides_by_the_width_once():
+    def network(width: int) -> Reader:
+        model = reader("linear", width)
+        model.head = mup.MuSharedReadout(model.stem.weight, bias=False)
+        return model
+
+    model = network(4 * BASE)
+    plan = dm.parametrize(model, base=network(BASE), example_inputs=TOKENS, rule="mup")
+    h = model.norm(model.body(model.stem(TOKENS)))
+    assert torch.allclose(model(TOKENS), F.linear(h / 4, model.stem.weight), atol=1e-5)
+    assert not plan.hooks and plan["stem.weight"].folded == 1.0

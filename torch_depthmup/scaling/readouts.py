@@ -87,6 +87,15 @@ def _is_readout(entry: PlannedParameter) -> bool:
     return entry.width is not None and entry.width.kind == "readout"
 
 
+def _refuse_scaled(entry: PlannedParameter) -> None:
+    """Refuses mup's own readout of embeddings that the forward pass multiplies: it knows nothing of that factor."""
+    if entry.present != 1:
+        raise PlanError(
+            f"{entry.name} is multiplied by {entry.present:.4g} where it is looked up, relative to the base, and read "
+            "out by mup.MuSharedReadout, which does not make up for that. Tie an nn.Linear to it instead"
+        )
+
+
 def with_readouts(
     model: nn.Module,
     found: Trace,
@@ -107,7 +116,10 @@ def with_readouts(
     changed = {entry.name: entry for entry in entries}
     hung = []
     for entry in entries:
-        if entry.width is None or not _is_readout(entry) or entry.name in own:
+        if entry.width is None or not _is_readout(entry):
+            continue
+        if entry.name in own:
+            _refuse_scaled(entry)
             continue
         if entry.name in frozen and copied(entry.name, copies) is None:
             continue
@@ -118,7 +130,8 @@ def with_readouts(
         there = f" (the forward pass multiplies it by {present:.4g})" if power > 1 else there
         entry = replace(changed[entry.name], reason=f"{entry.reason}; a readout{there}")
         changed[entry.name] = entry
-        if multiplier * entry.present == 1:
+        hanging = multiplier * entry.present  # an embedding's own factor is missing in the values that are read out
+        if hanging == 1:
             continue
         uses = found.uses.get(entry.name, ())
         if all(use.is_weight_operation and use.is_direct for use in uses):
@@ -131,11 +144,9 @@ def with_readouts(
                     "cannot be folded into it, and no module returns the product to hang it on. Use "
                     "mup.MuSharedReadout, or a base of the same width"
                 )
-            hung.append(Hook(*use.modules[0], multiplier * entry.present))
+            hung.append(Hook(*use.modules[0], hanging))
             for partner in (changed[name] for name in use.partners if name in changed and name != entry.name):
                 if partner.width is None or not partner.width.widths:
-                    changed[partner.name] = replace(partner, folded=partner.folded / (multiplier * entry.present))
-        changed[entry.name] = replace(
-            changed[entry.name], reason=f"{entry.reason}, its product times {multiplier * entry.present:.4g}"
-        )
+                    changed[partner.name] = replace(partner, folded=partner.folded / hanging)
+        changed[entry.name] = replace(changed[entry.name], reason=f"{entry.reason}, its product times {hanging:.4g}")
     return list(changed.values()), tuple(dict.fromkeys(hung))

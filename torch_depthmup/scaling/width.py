@@ -151,7 +151,9 @@ def _channels(use: Use, ndim: int, *, given: bool = False) -> Shape:
 
 def mup_readouts(model: nn.Module) -> set[str]:
     """The weights of ``mup.MuReadout`` and ``mup.MuSharedReadout``, which divide by the width in their forward pass."""
-    return {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, mup.MuReadout)}
+    # By identity: a shared one's first name is that of the embedding.
+    own = {id(module.weight) for module in model.modules() if isinstance(module, mup.MuReadout)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def set_shapes(model: nn.Module, widths: Mapping[str, Width]) -> None:
