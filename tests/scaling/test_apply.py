@@ -6,12 +6,14 @@ import copy
 import pickle
 import sys
 
+import mup
 import pytest
 import torch
 from blocks import Bottleneck, BottleneckNet, Gated, PostNorm, PreNorm, ReZero, Stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 import torch_depthmup as dm
@@ -49,6 +51,51 @@ def test_nothing_changes_at_the_base(depth: int, block, how: str, rule: str) -> 
     dm.parametrize(model, depth_multiplier=1, example_inputs=X, how=how, rule=rule)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(X), wanted)
+
+
+class Counted(nn.Module):
+    """A parametrization that notes in a buffer how often its value was computed, as spectral norm does its vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("times", torch.zeros(()))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        return value
+
+
+def counted(module: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(module, "weight", Counted())
+
+
+def muread(model: nn.Module) -> None:
+    model.head = counted(mup.MuReadout(model.head.in_features, model.head.out_features))
+
+
+COMPUTED = {
+    "a layer under spectral norm": lambda model: parametrizations.spectral_norm(model.blocks[0].fc1),
+    "a convolution under spectral norm": lambda model: parametrizations.spectral_norm(model.stem[1]),
+    "a layer": lambda model: counted(model.blocks[0].fc1),
+    "the gain of a norm": lambda model: counted(model.blocks[0].norm),
+    "mup's readout": muread,
+}
+
+
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_are_computed_keep_their_buffers(kind: str, how: str) -> None:
+    def make(depth: int, width: int) -> nn.Module:
+        model = Stack(depth, PreNorm, width)
+        model.stem = nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Conv1d(8, width, 1), nn.Flatten())
+        COMPUTED[kind](model)
+        return model
+
+    model, base = make(4, 24), make(2, 12)
+    before, base_before = {name: buffer.clone() for name, buffer in model.named_buffers()}, values(base)
+    dm.parametrize(model, base=base, example_inputs=X, how=how)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(torch.equal(value, base_before[name]) for name, value in base.state_dict().items())
 
 
 def test_folding_scales_the_carriers_and_nothing_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import blocks
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import torch_depthmup as dm
-from torch_depthmup.scaling.initialization import forward_factor, initial_size, simplest
+from torch_depthmup.scaling.initialization import default_bounds, forward_factor, initial_size, simplest
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
@@ -162,6 +164,28 @@ def test_sizes_are_those_of_pytorchs_default_where_values_look_like_it() -> None
         assert initial_size(other, 1 / 8).exact is None  # type: ignore[union-attr]
     assert initial_size(torch.ones(4)).error == 0  # type: ignore[union-attr]
     assert initial_size(torch.ones(4, device="meta")) is None
+
+
+SPELLINGS = {
+    "plain": (lambda layer: layer, "weight"),
+    "weight norm": (parametrizations.weight_norm, "parametrizations.weight.original1"),
+    "old weight norm": (nn.utils.weight_norm, "weight_v"),
+    "spectral norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "weight_orig"),
+}
+LAYERS = [nn.Linear(8, 3), nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose1d(6, 4, 3, groups=2)]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_the_bound_of_pytorchs_default_is_that_of_the_layer_however_its_weight_is_spelled(
+    layer: nn.Module, spelling: str
+) -> None:
+    normed, name = SPELLINGS[spelling]
+    fan_in, _ = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    bounds = default_bounds(nn.Sequential(normed(copy.deepcopy(layer))))
+    assert bounds[f"0.{name}"] == bounds["0.bias"] == pytest.approx(fan_in**-0.5)
 
 
 def sized(*sizes: float) -> list[tuple[float, float | None]]:

@@ -39,10 +39,10 @@ def _signs_in_norms(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if not isinstance(module, NORMS):
             continue
-        gain = module.weight
+        gain = module._parameters.get("weight")  # one that is computed may write to buffers
         counted = getattr(module, "num_batches_tracked", None)
-        has_gain = isinstance(gain, Tensor) and not gain.is_meta and gain.numel() > 1
-        if has_gain and bool((gain != gain.flatten()[0]).any()):
+        differ = gain is not None and not gain.is_meta and gain.numel() > 1 and bool((gain != gain.flatten()[0]).any())
+        if differ:
             yield f"the gains of {name} differ from channel to channel"
         elif counted is not None and not counted.is_meta and int(counted) > COUNTED:
             yield f"{name} has counted {int(counted)} batches"

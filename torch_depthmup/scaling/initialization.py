@@ -51,14 +51,19 @@ def default_bounds(model: nn.Module) -> dict[str, float]:
     """1 / sqrt(fan_in) of linear, convolution and recurrent layers: the bound of PyTorch's default initialization."""
     bounds = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | _ConvNd):
-            fan_in = math.prod(module.weight.shape[1:]) if module.weight.ndim > 1 else 0
+        # Sizes that the layer was made with: a weight that is computed, as under spectral norm, may write to buffers.
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features
+        elif isinstance(module, _ConvNd):
+            fan_in = (module.out_channels if module.transposed else module.in_channels) // module.groups
+            fan_in *= math.prod(module.kernel_size)
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             fan_in = module.hidden_size
         else:
             continue
-        for own, _ in module.named_parameters(recurse=False):
-            bounds[f"{name}.{own}".lstrip(".")] = max(fan_in, 1) ** -0.5
+        for own, _ in module.named_parameters():
+            if "." not in own or own.startswith("parametrizations."):
+                bounds[f"{name}.{own}".lstrip(".")] = max(fan_in, 1) ** -0.5
     return bounds
 
 

@@ -152,7 +152,7 @@ def _channels(use: Use, ndim: int, *, given: bool = False) -> Shape:
 def mup_readouts(model: nn.Module) -> set[str]:
     """The weights of ``mup.MuReadout`` and ``mup.MuSharedReadout``, which divide by the width in their forward pass."""
     # By identity: a shared one's first name is that of the embedding.
-    own = {id(module.weight) for module in model.modules() if isinstance(module, mup.MuReadout)}
+    own = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, mup.MuReadout)}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 

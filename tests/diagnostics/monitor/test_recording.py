@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from trained import rms, train
 
 import torch_depthmup as dm
@@ -207,6 +208,40 @@ def test_packed_attention_weights_and_functional_code_are_seen() -> None:
     assert [row["layer"] for row in monitor.rows if row["kind"] == "layer"] == ["inner.0", "inner.1", "inner.2"]
     (row,) = [row for row in monitor.rows if row["layer"] == "inner.0"]
     assert row["own"] == pytest.approx(rms((x @ functional.stem.T) @ (0.5 * start).T), rel=1e-9)
+
+
+class Masked(nn.Linear):
+    """A linear layer some of whose weights are cut, by a buffer."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", (torch.arange(outputs)[:, None] + torch.arange(inputs)) % 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+BUFFERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(12, 24)), "parametrizations.weight.original"),
+    "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(12, 24)), "weight_orig"),
+    "a mask": (lambda: Masked(12, 24), "weight"),
+    "pruned": (lambda: prune.random_unstructured(nn.Linear(12, 24), "weight", 0.5), "weight_orig"),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERED)
+def test_weights_that_are_computed_with_buffers_are_seen(kind: str) -> None:
+    make, weight = BUFFERED[kind]
+    model, x = blocks.Stack(2, blocks.PreNorm).double(), torch.randn(7, 8, dtype=torch.float64)
+    model.blocks[1].fc1 = make().double()
+    with FeatureMonitor(model, x) as monitor:
+        train(model, x, 3, monitor)
+    inputs = {}
+    model.eval().blocks[1].fc1.register_forward_hook(lambda module, args, output: inputs.update(h=args[0]))
+    model(x)
+    (row,) = [row for row in monitor.rows if row["layer"] == f"blocks.1.fc1.{weight}"][-1:]
+    fc1 = model.blocks[1].fc1
+    assert row["size"] == pytest.approx(rms(fc1(inputs["h"]) - fc1.bias), rel=1e-9)
 
 
 @settings(max_examples=12)

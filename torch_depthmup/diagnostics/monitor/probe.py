@@ -138,8 +138,8 @@ class Probe:
             see_product: called with each weight operation; returning ``False`` saves its gradient.
             see_stream: called at each residual addition with the branch's index, the sum, and the branch's value.
         """
-        streams, products = _Streams(self.found, see_stream), _Products(self.model, see_product)
         with self._undisturbed(), exact_matrix_products():
+            streams, products = _Streams(self.found, see_stream), _Products(self.model, see_product)
             with streams, products:
                 output = trial(self.model, self.inputs)
             products.settle()
@@ -190,7 +190,10 @@ class _Streams(AtAdditions):
 
 
 class _Products(TorchDispatchMode):
-    """Reads the weight operations: products of data with what depends on parameters only."""
+    """Reads the weight operations: products of data with what depends on parameters and buffers only.
+
+    Made where the pass runs, which has buffers of its own.
+    """
 
     def __init__(self, model: nn.Module, see: Callable[[Product], bool | None]):
         super().__init__()
