@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from blocks import Stack
+from blocks import PreNorm, Stack
 from optimizers import rates, step
 from torch import nn
 
@@ -143,6 +143,76 @@ def test_a_replaced_branch_weight_is_refused_and_a_replaced_head_is_not(model: S
     model.blocks[0].fc2 = nn.Linear(24, 12)
     with pytest.raises(PlanError, match="blocks.0.fc2.weight was replaced after dm.parametrize"):
         dm.AdamW(model)
+
+
+class Reader(Stack):
+    """Embeds words and reads them out, with one weight or two."""
+
+    def __init__(self, depth: int, width: int, tied: bool = False):
+        super().__init__(depth, PreNorm, width)
+        self.stem, self.head = nn.Embedding(20, width), nn.Linear(width, 20, bias=False)
+        if tied:
+            self.head.weight = self.stem.weight
+
+
+def readout_takes_the_embedding(model: Stack) -> None:
+    model.head.weight = model.stem.weight
+
+
+def embedding_takes_the_readout(model: Stack) -> None:
+    model.stem.weight = model.head.weight
+
+
+def layers_share_a_weight(model: Stack) -> None:
+    model.blocks[2].fc1.weight = model.blocks[0].fc1.weight
+
+
+def layers_are_one_module(model: Stack) -> None:
+    model.blocks[3] = model.blocks[1]
+
+
+def with_another_model(model: Stack) -> None:
+    other = Reader(4, 12)
+    dm.parametrize(other, base=Reader(2, 12), example_inputs=torch.arange(20))
+    model.blocks[0].fc2.weight = other.blocks[1].fc2.weight = model.blocks[0].fc2.weight
+    model.other = [other]  # out of torch's sight, and alive
+
+
+TIED = [
+    readout_takes_the_embedding,
+    embedding_takes_the_readout,
+    layers_share_a_weight,
+    layers_are_one_module,
+    with_another_model,
+]
+
+
+@pytest.mark.parametrize(
+    "make", [dm.AdamW, lambda model, lr: dm.rescale(torch.optim.SGD(model.parameters(), lr), model)]
+)
+@pytest.mark.parametrize("how", ["fold", "wrap"])
+@pytest.mark.parametrize("tie", TIED)
+def test_weights_that_are_tied_later_are_refused(tie, how: str, make) -> None:
+    model = Reader(4, 24)
+    dm.parametrize(model, base=Reader(2, 12), example_inputs=torch.arange(20), how=how)
+    tie(model)
+    with pytest.raises(PlanError, match="were tied after dm.parametrize.*Tie them first"):
+        make(model, lr=0.1)
+
+
+def test_weights_that_are_tied_first_or_are_not_scaled_are_taken() -> None:
+    model = Reader(4, 24, tied=True)
+    dm.parametrize(model, base=Reader(2, 12, tied=True), example_inputs=torch.arange(20))
+    assert rates(dm.AdamW(model, lr=0.1), model)["stem.weight"] == 0.1
+    for depth, tie in ((4, readout_takes_the_embedding), (2, layers_share_the_first_weight)):
+        model = Reader(depth, 12)
+        dm.parametrize(model, base=Reader(2, 12), example_inputs=torch.arange(20))
+        tie(model)
+        assert rates(dm.AdamW(model, lr=0.1), model)["stem.weight"] == 0.1
+
+
+def layers_share_the_first_weight(model: Stack) -> None:
+    model.blocks[1].fc1.weight = model.blocks[0].fc1.weight
 
 
 def test_a_folded_weight_that_is_reparametrized_later_is_refused(model: Stack) -> None:

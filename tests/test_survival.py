@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks import PreNorm, Stack
 from optimizers import X, parametrized, rates
 from torch import distributed, nn
 from torch.nn.utils import parametrizations, prune
@@ -270,6 +271,19 @@ def replaced_head(how: str) -> None:
     trained(model)
 
 
+def replaced_wide_head(how: str) -> None:
+    model = Stack(4, PreNorm, 24)
+    dm.parametrize(model, base=Stack(2, PreNorm, 12), example_inputs=X, how=how)
+    model.head = nn.Linear(24, 7)
+    dm.AdamW(model)
+
+
+def tied(how: str) -> None:
+    model = parametrized(how)
+    model.blocks[1].fc1.weight = model.blocks[0].fc1.weight
+    dm.AdamW(model)
+
+
 def replaced_carrier(how: str) -> None:
     model = parametrized(how)
     model.blocks[0].fc2 = nn.Linear(model.blocks[0].fc2.in_features, model.blocks[0].fc2.out_features)
@@ -335,6 +349,8 @@ ROWS: dict[str, Callable[[str], None]] = {
     "a checkpoint of the other how": restored,
     "dm.convert_state_dict of it": converted,
     "a new head": replaced_head,
+    "a new head of a wider model": replaced_wide_head,
+    "tying weights": tied,
     "a new layer in a branch": replaced_carrier,
     "QAT afterwards": quantization_aware,
 }

@@ -221,21 +221,28 @@ def _unpruned(owner: nn.Module, name: str) -> str:
 
 
 def refuse_replaced(parameters: Iterable[Tensor]) -> None:
-    """Refuses parameters that took the place of ones that the plan had scaled.
+    """Refuses parameters that took the place of ones that the plan had scaled, by assignment or by tying.
 
     Raises:
         PlanError: names the first such parameter.
     """
     wanted = {id(parameter) for parameter in parameters}
+    planned: dict[int, PlannedParameter] = {}
     for owner, plan in owners():
         handle = _handle(owner)
-        for name, parameter in owner.named_parameters(remove_duplicate=True):
+        for name, parameter in owner.named_parameters(remove_duplicate=False):
             if id(parameter) not in wanted:
                 continue
             try:
                 entry = plan[name]
             except PlanError:
                 continue  # the optimizer has words for parameters without a plan
+            first = planned.setdefault(id(parameter), entry)
+            if first != entry and (_scaled(first) or _scaled(entry)):
+                raise PlanError(
+                    f"{first.name} and {entry.name} were tied after dm.parametrize, which had scaled them as two "
+                    "parameters. Tie them first and call dm.parametrize after it, on a fresh model"
+                )
             if not _scaled(entry):
                 continue
             if handle.was_replaced(owner, name, parameter):
