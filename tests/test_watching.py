@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 
+import mup
 import pytest
 import torch
 from blocks import PreNorm, Stack
 from optimizers import X, backward, parametrized, step
+from torch import nn
 
 import torch_depthmup as dm
+from torch_depthmup.errors import OptimizerError
 
 
 def told(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -100,6 +104,78 @@ def test_writes_to_folded_weights_between_steps_are_told(between, how: str, noti
                 between(list(net.parameters()), torch.enable_grad()(lambda: backward(net)))
             optimizer.step()
     assert sum("writes to folded weights" in str(w.message) for w in caught) == notices == len(caught)
+
+
+class EpsInside(torch.optim.Optimizer):
+    """Adam without moments, and with eps inside of the root, where no factor on it makes up for folding."""
+
+    def __init__(self, params, lr: float = 1e-3, eps: float = 1e-4):
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / (p.grad.square() + group["eps"]).sqrt())
+
+
+def _clipped_by_torch(weights, perturbed) -> None:
+    nn.utils.clip_grad_norm_(weights, 0.05)
+
+
+class Wide(Stack):
+    """A network with a readout of mup's or not, and with heads that grow with the width or without."""
+
+    def __init__(self, depth: int, width: int, readout: str, heads: int | None = None):
+        super().__init__(depth, PreNorm if heads is None else lambda n: Attention(n, heads), width)
+        self.head = mup.MuReadout(width, 3) if readout == "mup's" else nn.Linear(width, 3)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.q, self.k, self.v, self.o = heads, *(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(1, len(x), self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.o(y.transpose(1, 2).reshape(x.shape))
+
+
+def _complaint(
+    how: str, between, make=dm.AdamW, base: int = 12, readout: str = "plain", heads: int | None = None
+) -> str:
+    """What is said of four steps of a network of width 24; empty where nothing is."""
+    torch.manual_seed(0)
+    net = Wide(4, 24, readout, heads)
+    dm.parametrize(net, base=Wide(2, base, readout, heads), example_inputs=X, how=how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            optimizer = make(net, lr=1e-3)
+            for _ in range(6):
+                backward(net)
+                with torch.no_grad():
+                    between(list(net.parameters()), lambda: None)
+                optimizer.step()
+        except OptimizerError as error:
+            return str(error)
+    return "".join(str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"between": _clipped_by_torch}, {"between": _clamped}, {"between": _nothing, "make": dm.optimizer(EpsInside)}],
+)
+def test_the_way_out_of_folding_leaves_no_factor_of_width_in_the_weights(told) -> None:
+    way = r"how=.wrap.\) with a mup.MuReadout for the readout of model and base, or with a base as wide"
+    for how in ("fold", "wrap"):
+        assert re.search(way, _complaint(how, **told))
+    for followed in ({"readout": "mup's"}, {"base": 24}):
+        assert _complaint("wrap", **told, **followed) == ""
+    assert _complaint("fold", **told, base=24).endswith("dm.parametrize(..., how='wrap')")
+    heads = _complaint("wrap", **told, readout="mup's", heads=2)  # 1 / head size is folded into what makes the queries
+    assert "how='wrap') with a base as wide as the model: width's factor is in blocks.0.q." in heads
 
 
 def test_what_looks_in_the_first_steps_leaves_nothing_behind(model: Stack) -> None:

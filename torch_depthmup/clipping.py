@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_depthmup.errors import OptimizerError
 from torch_depthmup.running import number_of
-from torch_depthmup.scaling.registry import folded_multipliers
+from torch_depthmup.scaling.registry import folded_multipliers, way_out_of_folding
 
 __all__ = ["ClippingNotice", "clip_grad_norm_", "clip_grad_value_"]
 
@@ -173,8 +173,8 @@ class ClippingNotice:
         return (
             f"the gradients' {label} was {norm or entry:.4g} in each of {ALIKE} steps, so something clips them. A "
             "folded weight's gradient is 1/m times that of the network with explicit multipliers, so this clips "
-            f"another network than how='wrap' would. Write dm.{function}(model, ...) in place of torch's, or "
-            "dm.parametrize(..., how='wrap') where a trainer clips by itself"
+            f"another network. Write dm.{function}(model, ...) in place of torch's, in the hook that a trainer calls "
+            f"before the step, or where it has none {way_out_of_folding(parameters)}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch_depthmup.errors import OptimizerError
 from torch_depthmup.families import MeasuredFamily, measure_family
 from torch_depthmup.rules import Family, Horizon, Multipliers, get_family
-from torch_depthmup.scaling.registry import Planned, discover, planned_parameters, refuse_replaced
+from torch_depthmup.scaling.registry import Planned, discover, planned_parameters, refuse_replaced, way_out_of_folding
 
 __all__ = [
     "Group",
@@ -196,7 +196,7 @@ class Scaler:
                 raise OptimizerError(
                     f"{self.cls.__name__} does not train {name}, into which a multiplier is folded, as it would with "
                     f"the multiplier in the network (measured on a toy: {measured.answers}). Write "
-                    "dm.parametrize(..., how='wrap')"
+                    f"{way_out_of_folding([tensor_of(item)])}"
                 )
             multipliers = plan.multipliers(name, measured.family, adjust_lr=measured.adjust_lr)
             multipliers *= self.horizon.multipliers()

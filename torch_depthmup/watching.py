@@ -18,7 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_depthmup.clipping import ALIKE, LOOKS, ClippingNotice
 from torch_depthmup.errors import DepthMuPError
 from torch_depthmup.rules import UNIT
-from torch_depthmup.scaling.registry import beside, folded_multipliers, owners, planned_parameters, trust_sizes
+from torch_depthmup.scaling.registry import (
+    beside,
+    folded_multipliers,
+    owners,
+    planned_parameters,
+    trust_sizes,
+    way_out_of_folding,
+)
 from torch_depthmup.schedules import SAME, overwritten
 
 __all__ = ["watch"]
@@ -128,7 +135,7 @@ class _WritingNotice:
             warnings.warn(
                 f"something writes to folded weights between the steps of {type(optimizer).__name__} (SAM, clamping, "
                 "noise?). A folded weight is m times that of the network with explicit multipliers, so what depends on "
-                "a weight's or a gradient's size does something else to it. Write dm.parametrize(..., how='wrap')",
+                f"a weight's or a gradient's size does something else to it. Write {way_out_of_folding([weight])}",
                 UserWarning,
                 stacklevel=4,
             )

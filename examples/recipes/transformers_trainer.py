@@ -1,5 +1,7 @@
 """transformers.Trainer: clips by itself, so the model is wrapped; baked before it is saved. Lines marked # dm are new.
 
+With a narrower base: max_grad_norm=0, and dm.clip_grad_norm_ in a callback's on_pre_optimizer_step.
+
 python examples/recipes/transformers_trainer.py
 """
 

@@ -38,6 +38,7 @@ __all__ = [
     "refuse_shared_with_others",
     "trust_sizes",
     "warn_if_rewritten",
+    "way_out_of_folding",
 ]
 
 ATTRIBUTE = "_torch_depthmup"
@@ -314,6 +315,21 @@ def _holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
 def beside(parameters: Iterable[Tensor]) -> list[Tensor]:
     """All parameters of the parametrized modules that hold some of them."""
     return [parameter for owner in _holding(parameters) for parameter in owner.parameters()]
+
+
+def way_out_of_folding(parameters: Iterable[Tensor]) -> str:
+    """What to write so that no value contains a multiplier: ``how="wrap"``, and more where width has put some there."""
+    kept: dict[str, PlannedParameter] = {}
+    for plan in (plan_of(owner) for owner in _holding(parameters)):
+        carriers = {name for branch in plan.branches for name in branch.carrier} if plan.how == "fold" else set()
+        kept |= {e.name: e for e in plan.entries if e.folded * e.present != 1.0 and e.name not in carriers}
+    wrap = "dm.parametrize(..., how='wrap')"
+    if not kept:
+        return wrap
+    names = f"{', '.join(list(kept)[:3])}{', ...' if len(kept) > 3 else ''}"
+    readout = any(entry.width is not None and entry.width.kind == "readout" for entry in kept.values())
+    own = "with a mup.MuReadout for the readout of model and base, or " if readout else ""
+    return f"{wrap} {own}with a base as wide as the model: width's factor is in {names} otherwise"
 
 
 def trust_sizes(parameters: Iterable[Tensor]) -> None:
