@@ -184,6 +184,30 @@ def test_bad_arguments_leave_the_model_alone(options, message: str) -> None:
     assert_untouched(model, before)
 
 
+class Asking(Stack):
+    """Has an argument more."""
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + more
+
+
+def of_another_input(depth: int) -> nn.Module:
+    base = Stack(depth, PreNorm)
+    base.stem = nn.Linear(9, 12)
+    return base
+
+
+@pytest.mark.parametrize(
+    "base", [Stack(2, PreNorm).double(), Asking(2, PreNorm), of_another_input(2)], ids=["dtype", "argument", "shape"]
+)
+def test_a_base_that_does_not_take_the_models_inputs_is_named(base: nn.Module) -> None:
+    model = build()
+    before = values(model)
+    with pytest.raises(DepthMuPError, match="^in the base, .*of its dtype.* failed on the example inputs"):
+        dm.parametrize(model, base=base, example_inputs=X)
+    assert_untouched(model, before)
+
+
 def test_networks_without_branches_are_refused() -> None:
     with pytest.raises(PlanError, match="no residual branches"):
         dm.parametrize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), depth_multiplier=1, example_inputs=X)

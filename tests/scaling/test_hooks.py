@@ -52,6 +52,49 @@ def test_a_wrapped_model_exports_and_compiles_whole() -> None:
     assert torch.allclose(compiled(x), model(x))
 
 
+class Pair(nn.Module):
+    """A branch that comes with something else, as attention with its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.second(torch.tanh(self.first(x))), None
+
+
+class Pairs(nn.Module):
+    def __init__(self, depth: int):
+        super().__init__()
+        self.pairs = nn.ModuleList(Pair() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in self.pairs:
+            value, _ = pair(x)
+            x = x + value
+        return x
+
+
+class Plain(Pairs):
+    """The like, with modules of torch's as branches."""
+
+    def __init__(self, depth: int):
+        nn.Module.__init__(self)
+        self.branches = nn.ModuleList(branch() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for inner in self.branches:
+            x = x + inner(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [lambda n: nn.Sequential(*[dm.Residual(branch()) for _ in range(n)]), Plain, Pairs])
+def test_a_wrapped_model_is_traced_by_fx(make) -> None:
+    model, x = make(4), torch.randn(3, 8)
+    dm.parametrize(model, depth_multiplier=4, example_inputs=x, how="wrap")
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_the_multiplier_scales_one_element_of_a_tuple() -> None:
     value = (torch.ones(2), None, torch.ones(2))
     changed = BranchMultiplier(0.5, 2)(nn.Identity(), (), value)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_depthmup.errors import PlanError
 from torch_depthmup.scaling.plan import Hook, PlannedBranch
@@ -45,7 +45,7 @@ class BranchMultiplier:
         self.index = index
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
+        if not isinstance(output, tuple | list):  # a tensor, or what stands for one while torch.fx traces
             return output * self.multiplier
         changed = list(output)
         changed[self.index] = changed[self.index] * self.multiplier

@@ -122,7 +122,12 @@ def look(
 
 def _seen_beside(seen: Seen, base: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Seen:
     """The base, in which what is a branch in the model is one too: of a single layer it may not show."""
-    found = _seen(base, inputs, options)
+    try:
+        found = _seen(base, inputs, options)
+    except TracingError as error:
+        raise type(error)(
+            f"in the base, which gets the same inputs (build it as the model, of its dtype, on its device): {error}"
+        ) from error
     if are_alike(seen.found, found.found):
         return found
     there = {branch.name for branch in found.found.branches}
