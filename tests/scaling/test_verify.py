@@ -123,3 +123,86 @@ def test_autocast_around_the_call_may_keep_its_casts() -> None:
     model = nn.Sequential(*[dm.Residual(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))) for _ in range(8)])
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True):
         assert dm.parametrize(model, depth_multiplier=4, example_inputs=X).branches
+
+
+class Again(nn.Module):
+    """Runs its layers unseen before it runs them with a gradient; ``m`` multiplies each branch explicitly."""
+
+    def __init__(self, depth: int, way, m: float = 1.0, squashed: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.way, self.m, self.squashed, self.unseen = nn.Linear(8, 8), way, m, squashed, False
+        self.first, self.last = (nn.ModuleList(nn.Linear(8, 8) for _ in range(depth)) for _ in range(2))
+
+    def layers(self, x: Tensor) -> Tensor:
+        unseen = self.unseen or not torch.is_grad_enabled()
+        x = x + torch.softmax(torch.tensor([0.0] + 7 * [-torch.inf]) + torch.zeros(8), 0)
+        for first, last in zip(self.first, self.last, strict=True):
+            f = last(torch.tanh(first(x)))
+            x = x + self.m * (torch.tanh(f) if self.squashed and unseen else f)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def its_own_output_once_more(net: Again, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = net.layers(net.stem(x))
+    return net.layers(net.stem(x + y))
+
+
+def recycled(net: Again, x: Tensor) -> Tensor:
+    for i in range(3):
+        with torch.set_grad_enabled(i == 2):
+            x = net.layers(net.stem(x))
+    return x
+
+
+def a_target_for_another_view(net: Again, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = net.layers(net.stem(x.flip(1)))
+    return (net.layers(net.stem(x)) - target).square()
+
+
+def in_place(net: Again, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = net.stem(x)
+        for first, last in zip(net.first, net.last, strict=True):
+            f = last(torch.tanh(first(y)))
+            y += net.m * f.tanh() if net.squashed else net.m * f
+    return net.layers(net.stem(x) + y)
+
+
+def detached(net: Again, x: Tensor) -> Tensor:
+    net.unseen = True
+    y = net.layers(net.stem(x)).detach()
+    net.unseen = False
+    return net.layers(net.stem(x + y))
+
+
+def detached_target(net: Again, x: Tensor) -> Tensor:
+    net.unseen = True
+    target = net.layers(net.stem(x.flip(1)))
+    net.unseen = False
+    return (net.layers(net.stem(x)) - target.detach()).square()
+
+
+WAYS = [its_own_output_once_more, recycled, a_target_for_another_view, in_place, detached, detached_target]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layers_that_also_run_unseen_are_folded(way) -> None:
+    model = Again(8, way)
+    plan = dm.parametrize(model, base=Again(2, way), example_inputs=X)
+    assert [branch.additions for branch in plan.branches] == [8] * 8
+    explicit = Again(8, way, m=0.5)
+    torch.testing.assert_close(model(X), explicit(X))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_branch_that_is_not_linear_where_it_runs_unseen_is_refused(way) -> None:
+    model = Again(8, way, squashed=True)
+    with pytest.raises(DepthMuPError, match="the branch should be 0.5 times|is not what it would be"):
+        dm.parametrize(model, base=Again(2, way, squashed=True), example_inputs=X)
+    torch.testing.assert_close(model(X), Again(8, way, squashed=True)(X))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch_depthmup.errors import MeasurementError
 from torch_depthmup.running import tensors_in
 from torch_depthmup.tracing.branches import Trace
+from torch_depthmup.tracing.operations import Operands
 from torch_depthmup.tracing.replay import Meter, run_metered
 
 __all__ = ["Differences", "Measured", "differences", "entries", "filled", "measured", "scaled"]
@@ -71,11 +72,14 @@ class Measured:
         branches: each branch's value.
         outputs: each floating-point tensor of the model's output, auxiliary ones too.
         rounding: the relative error that rounding may make, at the coarsest precision that occurs in the pass.
+        hidden: two operands and the value of each sum that runs without gradient or is detached, as in a network that
+            gets its own output once more.
     """
 
     branches: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     rounding: float
+    hidden: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,12 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
     def read(branch: int, value: Tensor, skip: Tensor) -> None:
         values[branch] = value.clone()
 
-    meter = Meter(found, read)
+    hidden: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def read_hidden(operands: Operands, value: Tensor) -> None:
+        hidden.append((*operands, value.clone()))
+
+    meter = Meter(found, read, read_hidden)
     output = run_metered(model, inputs, meter)
     for i, branch in enumerate(found.branches):
         if i not in values:
@@ -121,7 +130,7 @@ def measured(model: nn.Module, inputs: Any, found: Trace) -> Measured:
                 "Pass example inputs on which the freshly initialized network is finite and not zero"
             )
     branches = tuple(values[i] for i in range(len(found.branches)))
-    return Measured(branches, _floating(output), ROUNDING * max(meter.rounding, _coarsest(model)))
+    return Measured(branches, _floating(output), ROUNDING * max(meter.rounding, _coarsest(model)), tuple(hidden))
 
 
 def differences(
@@ -130,8 +139,47 @@ def differences(
     """Compares each branch's value with its multiple of what it was, and each output with what it was.
 
     All branches hand on their old values. An output that is not what it was sees a multiplier by another way than the
-    residual addition, and so does a branch whose multiplier is 1.
+    residual addition, and so does a branch whose multiplier is 1. Where that shows, and some sums run without gradient
+    or are detached, these are looked at and hand on their old values too.
     """
+    wrong = _differences(model, inputs, found, before, multipliers, None)
+    if not wrong or not before.hidden:
+        return wrong
+    hidden = _Hidden(before, multipliers)
+    again = _differences(model, inputs, found, before, multipliers, hidden)
+    return wrong if hidden.differs else again
+
+
+class _Hidden:
+    """Looks at each hidden sum: its operands must be what they were, or that times a multiplier."""
+
+    def __init__(self, before: Measured, multipliers: Sequence[float]):
+        self.left, self.differs = list(before.hidden[::-1]), False
+        self.factors, self.rounding = {1.0, *multipliers}, min(COARSEST, before.rounding)
+
+    def __call__(self, operands: Operands, value: Tensor) -> Tensor | None:
+        if not self.left or self.left[-1][2].shape != value.shape:
+            self.differs = True
+            return None
+        *were, was = self.left.pop()
+        factors = [self._factor(now, then) for now, then in zip(operands, were, strict=True)]
+        self.differs |= None in factors
+        return was * factors[0] if factors[0] is not None and factors[0] == factors[1] else was
+
+    def _factor(self, now: Tensor, then: Tensor) -> float | None:
+        new, old = (entries(value).nan_to_num(0.0, 0.0, 0.0) for value in (now, then))  # masks are infinite
+        off = {f: float((new - f * old).norm()) for f in sorted(self.factors, reverse=True)}
+        return next((f for f, error in off.items() if error <= self.rounding * f * float(old.norm())), None)
+
+
+def _differences(
+    model: nn.Module,
+    inputs: Any,
+    found: Trace,
+    before: Measured,
+    multipliers: Sequence[float],
+    hidden: _Hidden | None,
+) -> Differences:
     wrong: dict[int, str] = {}
 
     def compare(branch: int, value: Tensor, skip: Tensor) -> Tensor:
@@ -147,7 +195,7 @@ def differences(
             )
         return _in_place_of(value, was)
 
-    after = _floating(run_metered(model, inputs, Meter(found, compare)))
+    after = _floating(run_metered(model, inputs, Meter(found, compare, hidden)))
     for i, (value, was) in enumerate(zip(after, before.outputs, strict=True)):
         error = float((entries(value) - entries(was)).nan_to_num().norm())
         if error > before.rounding * float(entries(was).nan_to_num().norm()):

@@ -188,6 +188,7 @@ class Trace:
         trunk: the parameters of norms on a residual stream itself, with the stream.
         functions: names of the user's autograd Functions, which may hide sums.
         left_alone: all other sums, with the reason for each kind.
+        sums: the numbers of all sums that the outputs' gradients reach. Others run without gradient, or are detached.
     """
 
     traced: tuple[TracedBranch, ...] = ()
@@ -201,6 +202,7 @@ class Trace:
     trunk: Mapping[str, int] = field(default_factory=dict)
     functions: tuple[str, ...] = ()
     left_alone: tuple[LeftAlone, ...] = ()
+    sums: frozenset[Number] = frozenset()
 
     @functools.cached_property
     def branches(self) -> tuple[Branch, ...]:
@@ -390,6 +392,7 @@ def _assemble(graph: Graph, found: list[ResidualAddition], names: list[str]) -> 
         reached=frozenset().union(*(node.weights for node in graph.nodes)),
         uses=uses_of(graph),
         attentions=attentions_of(graph),
+        sums=graph.sums,
         stacked=frozenset(name for (name, _), count in users.items() if count > 1 and name in sides),
         functions=tuple(dict.fromkeys(node.function for node in graph.nodes if node.function)),
         trunk={

@@ -87,6 +87,7 @@ class Graph:
         nodes: all of them.
         consumers: for each node the indices of the nodes that it is an operand of.
         additions: the additions written in Python, by node.
+        sums: the numbers of all sums whose value is in the graph.
         outputs_of: for each call of a module the nodes of what it returned, ``-1`` for what is not in the graph.
         outputs: the nodes of what the model returned.
     """
@@ -94,6 +95,7 @@ class Graph:
     nodes: tuple[Node, ...]
     consumers: tuple[tuple[int, ...], ...]
     additions: Mapping[int, Addition]
+    sums: frozenset[Number]
     outputs_of: Mapping[str, list[list[int]]]
     outputs: frozenset[int]
 
@@ -191,7 +193,8 @@ def _build(order: list[Edge], roots: list[Edge], model: nn.Module, recorder: Rec
     outputs_of: dict[str, list[list[int]]] = {}
     for name, returned in recorder.returned:
         outputs_of.setdefault(name, []).append([_index(index, edge, base) for edge, base in returned])
-    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, outputs_of, outputs)
+    sums = frozenset(number for number, result, _, _ in recorder.additions if result in index)
+    return Graph(tuple(nodes), tuple(map(tuple, consumers)), additions, sums, outputs_of, outputs)
 
 
 def _nodes(order: list[Edge], model: nn.Module, writes: Mapping[Edge, str]) -> tuple[list[Node], dict[Edge, int]]:

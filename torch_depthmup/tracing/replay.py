@@ -27,17 +27,22 @@ class AtAdditions(TorchFunctionMode):
     def __init__(self, found: Trace):
         super().__init__()
         self.sites = {t.site.number: (t.site.operand, i) for i, t in enumerate(found.traced) if t.site is not None}
+        self.seen = found.sums
         self.rounding = 0.0  # the largest rounding error among the dtypes that occur in the pass
         self.sums = Sums()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         operands = self.sums.operands(func, args, kwargs)
-        site = self.sites.get(self.sums.number(func)) if operands is not None else None
+        number = self.sums.number(func) if operands is not None else None
+        site = self.sites.get(number) if number is not None else None
         if operands is not None and site is not None:
             position, branch = site
             return self.meet(branch, position, operands(), func, args, kwargs)
-        result = func(*args, **kwargs)
+        if operands is not None and number not in self.seen:
+            result = self.meet_hidden(operands, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype.is_floating_point:
             self.rounding = max(self.rounding, torch.finfo(result.dtype).eps)
         self.sums.note(func, args, kwargs, result)
@@ -47,13 +52,39 @@ class AtAdditions(TorchFunctionMode):
         """What ``func(*args, **kwargs)`` should return; ``operands[position]`` is the branch's value."""
         return func(*args, **kwargs)
 
+    def meet_hidden(self, operands: Callable[[], Operands], func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The same for a sum that is not in the trace: it runs without gradient, or is detached."""
+        return func(*args, **kwargs)
+
 
 class Meter(AtAdditions):
-    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch."""
+    """Shows branch and skip of each residual addition to a visitor, and hands on what it returns as the branch.
 
-    def __init__(self, found: Trace, visit: Callable[[int, Tensor, Tensor], Tensor | None]):
+    Args:
+        found: a trace of the model that runs.
+        visit: the visitor.
+        visit_hidden: gets the operands and the value of each sum that is not in the trace, and may return another.
+    """
+
+    def __init__(
+        self,
+        found: Trace,
+        visit: Callable[[int, Tensor, Tensor], Tensor | None],
+        visit_hidden: Callable[[Operands, Tensor], Tensor | None] | None = None,
+    ):
         super().__init__(found)
-        self.visit = visit
+        self.visit, self.visit_hidden = visit, visit_hidden
+
+    def meet_hidden(self, operands: Callable[[], Operands], func: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.visit_hidden is None:
+            return func(*args, **kwargs)
+        first, second = (operand.detach().clone() for operand in operands())
+        result = func(*args, **kwargs)
+        changed = self.visit_hidden((first, second), result)
+        if changed is not None:
+            with torch.no_grad():
+                result.copy_(changed)
+        return result
 
     def meet(self, branch: int, position: int, operands: Operands, func: Callable, args: tuple, kwargs: dict) -> Any:
         value = self.visit(branch, operands[position].detach(), operands[1 - position].detach())
