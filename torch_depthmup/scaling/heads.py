@@ -61,7 +61,8 @@ def with_head_sizes(
 
 def _warn(unmet: Sequence[tuple[Attention, Attention, float]]) -> None:
     attention, base, missing = unmet[0]
-    where = ", ".join(list(dict.fromkeys((*attention.query, *attention.key)))[:2]) or "an attention without weights of its own"
+    names = list(dict.fromkeys((*attention.query, *attention.key)))
+    where = ", ".join(names[:2]) or "an attention without weights of its own"
     wanted = base.factor * scores_multiplier(attention.size, base.size)
     kept = wanted * attention.size  # what stands over the head size
     warnings.warn(
