@@ -235,7 +235,7 @@ def test_meta_lazy_and_sharded_models_are_refused() -> None:
         dm.parametrize(model, depth_multiplier=2, example_inputs=X.to("meta"))
     with pytest.raises(PlanError, match="lazy"):
         dm.parametrize(nn.LazyLinear(3), depth_multiplier=2, example_inputs=X)
-    with pytest.raises(PlanError, match="takes an nn.Module"):
+    with pytest.raises(PlanError, match="are nn.Modules, and this is a str"):
         dm.parametrize("model", depth_multiplier=2, example_inputs=X)  # type: ignore[arg-type]
 
 
