@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -166,3 +167,15 @@ def test_measuring_draws_no_random_numbers_of_the_users(model: Stack) -> None:
 
 def test_the_table_has_many_classes() -> None:
     assert len({path for path, _, _ in TABLE}) >= 25
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["adamw", functools.partial(torch.optim.AdamW, fused=True), torch.optim.AdamW([torch.ones(1)])],
+    ids=["a name", "with options", "one that exists"],
+)
+def test_what_is_no_class_is_refused_with_what_to_write(other) -> None:
+    with pytest.raises(
+        OptimizerError, match=f"this is a {type(other).__name__}. Options are given to what dm.optimizer"
+    ):
+        dm.optimizer(other)

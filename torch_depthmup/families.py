@@ -81,7 +81,12 @@ class MeasuredFamily:
 
 
 def refuse_unsuited(cls: type) -> None:
-    """Raises OptimizerError for classes that are known to fit no family."""
+    """Raises OptimizerError for classes that are known to fit no family, and for what is no class."""
+    if not isinstance(cls, type):
+        raise OptimizerError(
+            f"an optimizer class is wanted, such as torch.optim.NAdam, and this is a {type(cls).__name__}. Options are "
+            "given to what dm.optimizer(cls) returns, and dm.rescale(optimizer, model) scales an optimizer that exists"
+        )
     for name in (c.__name__ for c in cls.__mro__ if c.__module__.startswith("torch.optim")):
         if name in UNSUITED:
             raise OptimizerError(f"{name} cannot be scaled: {UNSUITED[name]}. Use dm.AdamW, dm.Adam or dm.SGD")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_depthmup.errors import MeasurementError
+from torch_depthmup.errors import MeasurementError, PlanError
 
 __all__ = [
     "call",
@@ -42,7 +42,16 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapp
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module under ``torch.compile``, DDP and DataParallel."""
+    """The user's own module under ``torch.compile``, DDP and DataParallel.
+
+    Raises:
+        PlanError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"models and their bases are nn.Modules, and this is a {type(model).__name__}. If it makes one, "
+            "pass what it returns"
+        )
     while True:
         inner = getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module) and isinstance(

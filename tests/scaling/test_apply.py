@@ -235,7 +235,7 @@ def test_meta_lazy_and_sharded_models_are_refused() -> None:
         dm.parametrize(model, depth_multiplier=2, example_inputs=X.to("meta"))
     with pytest.raises(PlanError, match="lazy"):
         dm.parametrize(nn.LazyLinear(3), depth_multiplier=2, example_inputs=X)
-    with pytest.raises(PlanError, match="takes an nn.Module"):
+    with pytest.raises(PlanError, match="are nn.Modules, and this is a str"):
         dm.parametrize("model", depth_multiplier=2, example_inputs=X)  # type: ignore[arg-type]
 
 
@@ -335,3 +335,33 @@ def test_undo_of_a_trained_loaded_or_copied_model_is_refused() -> None:
         dm.undo(model)
     with pytest.raises(PlanError, match="no plan"):
         dm.undo(build())
+
+
+class Built:
+    """Makes a model when it is called, and is none."""
+
+    def __call__(self) -> nn.Module:
+        return build()
+
+
+@pytest.mark.parametrize("other", [build, Stack, Built()], ids=["a function", "a class", "an object"])
+def test_what_makes_a_model_is_not_taken_for_one(other) -> None:
+    options = {"depth_multiplier": 2, "example_inputs": X}
+    for act in (
+        lambda: dm.parametrize(other, **options),
+        lambda: dm.parametrize(build(), base=other, example_inputs=X),
+        lambda: dm.plan(other, **options),
+        lambda: dm.plan(build(), base=other, example_inputs=X),
+        lambda: dm.find_branches(other, X),
+    ):
+        with pytest.raises(PlanError, match=f"are nn.Modules, and this is a {type(other).__name__}"):
+            act()
+
+
+@pytest.mark.parametrize("act", [dm.apply, dm.attach])
+@pytest.mark.parametrize("write", [dm.Plan.to_json, str, lambda plan: None])
+def test_a_written_plan_is_not_taken_for_one(act, write) -> None:
+    plan = dm.plan(build(), depth_multiplier=2, example_inputs=X)
+    with pytest.raises(PlanError, match=r"takes a Plan, not a .*dm.Plan.from_json\(text\)"):
+        act(build(), write(plan))
+    assert act(build(), dm.Plan.from_json(plan.to_json())).branches == plan.branches

@@ -119,7 +119,7 @@ def apply(model: nn.Module, plan: Plan) -> Plan:
     Raises:
         PlanError: the plan is another model's, the model was scaled before, or it is on ``meta``.
     """
-    model = _checked(model, plan.how)
+    model = _checked(model, _is_plan(plan).how)
     _refuse_another_plan(model, plan)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model is on the meta device: materialise and initialise it, then call dm.apply")
@@ -144,7 +144,7 @@ def attach(model: nn.Module, plan: Plan, *, rates_only: bool = False) -> Plan:
     Raises:
         PlanError: the plan is another model's, or the model has a plan.
     """
-    model = _checked(model, plan.how)
+    model = _checked(model, _is_plan(plan).how)
     _refuse_another_plan(model, plan)
     if rates_only:
         plain = tuple(replace(entry, folded=1 / entry.present, scale=1.0) for entry in plan.entries)
@@ -156,8 +156,7 @@ def attach(model: nn.Module, plan: Plan, *, rates_only: bool = False) -> Plan:
 
 def _checked(model: nn.Module, how: str) -> nn.Module:
     """The user's own module, refused where nothing can be carried out on it."""
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"parametrize takes an nn.Module, not {type(model).__name__}")
+    own = unwrap(model)
     if how not in ("fold", "wrap"):
         raise PlanError(f"how={how!r} is not known. Write 'fold' or 'wrap'")
     compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
@@ -166,14 +165,13 @@ def _checked(model: nn.Module, how: str) -> nn.Module:
             f"{type(compiled[0]).__name__} is compiled, and a hook added after the first compiled call is ignored. "
             "Call parametrize(how='wrap') first and torch.compile after it, or use how='fold'"
         )
-    model = unwrap(model)
-    if done := [name for name, module in model.named_modules() if ATTRIBUTE in vars(module)]:
+    if done := [name for name, module in own.named_modules() if ATTRIBUTE in vars(module)]:
         raise PlanError(
-            f"{done[0] or type(model).__name__} was parametrized before: its branches are already scaled. Call "
+            f"{done[0] or type(own).__name__} was parametrized before: its branches are already scaled. Call "
             "dm.undo(model) first, or build a fresh model"
         )
-    refuse_shared_with_others(model)
-    return model
+    refuse_shared_with_others(own)
+    return own
 
 
 def _refuse_without_values(name: str, parameter: Tensor) -> None:
@@ -189,6 +187,12 @@ def _refuse_without_values(name: str, parameter: Tensor) -> None:
             f"{name} is on the meta device: there are no values to scale or to measure. Call dm.plan(model, ...), "
             "materialise and initialise the model, then call dm.apply(model, plan)"
         )
+
+
+def _is_plan(plan: Plan) -> Plan:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"this takes a Plan, not a {type(plan).__name__}. Of a saved one, dm.Plan.from_json(text)")
+    return plan
 
 
 def _refuse_another_plan(model: nn.Module, plan: Plan) -> None:
