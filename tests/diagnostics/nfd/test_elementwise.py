@@ -16,8 +16,9 @@ from wide import Y as TARGETS
 import torch_depthmup as dm
 from torch_depthmup.diagnostics.nfd import entries as by_entries
 from torch_depthmup.diagnostics.nfd import implicit_model, predict
-from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 from torch_depthmup.errors import DepthMuPError
 
 X = torch.randn(2, 3, COLUMNS, dtype=torch.float64)
@@ -90,7 +91,7 @@ def test_a_feature_that_is_off_in_every_sample_keeps_its_weights() -> None:
         optimizer.step()
     ones = torch.eye(COLUMNS, dtype=torch.float64)[:2]
     with torch.no_grad():
-        moved = F.linear(ones, weight) - weight.matrix.start.right(ones[None])[0]
+        moved = F.linear(ones, weight) - TrainedMatrix.at_start(weight.matrix.start).product("right", ones[None])[0]
     late = 0.1 * (0.1 / (1 - 0.9**3)) / (0.001 / (1 - 0.999**3)) ** 0.5
     assert float(moved[0].abs().max()) < 1e-12
     near = torch.stack([moved[1].abs(), (moved[1].abs() - late).abs()]).amin(0)  # rows that relu cuts do not move
@@ -99,7 +100,12 @@ def test_a_feature_that_is_off_in_every_sample_keeps_its_weights() -> None:
 
 def test_a_convolution_is_trained_like_the_entries() -> None:
     start = GaussianMatrix(5, 4 * 9, Noise([0], dtype=torch.float64), std=0.3)
-    formed = nn.Parameter(start.right(torch.eye(36, dtype=torch.float64)[None])[0].T.reshape(5, 4, 3, 3).clone())
+    formed = nn.Parameter(
+        TrainedMatrix.at_start(start)
+        .product("right", torch.eye(36, dtype=torch.float64)[None])[0]
+        .T.reshape(5, 4, 3, 3)
+        .clone()
+    )
     weight = nn.Parameter(ImplicitWeight(TrainedMatrix.at_start(start), "w", (3, 3)))
     images = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for w in (weight, formed):

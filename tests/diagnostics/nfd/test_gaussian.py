@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from formed import Start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
+from torch_depthmup.diagnostics.nfd.gaussian import Noise
 
 
 @given(
@@ -21,7 +22,7 @@ from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
 @settings(max_examples=60)
 def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: int, repeat: bool) -> None:
     noise = Noise([seed, seed + 1], dtype=dtype)
-    matrix = GaussianMatrix(64, 48, noise, std=1 / 8)  # 64 rows, 48 columns
+    matrix = Start(64, 48, noise, std=1 / 8)  # 64 rows, 48 columns
     size = {"right": 48, "left": 64}
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"right": [], "left": []}
     for side, count in calls:
@@ -39,7 +40,7 @@ def test_left_and_right_products_are_adjoint(calls, dtype: torch.dtype, seed: in
 @settings(max_examples=20)
 def test_products_are_linear(coupling, seed: int) -> None:
     noise = Noise([seed], dtype=torch.float64)
-    matrix = GaussianMatrix(50, 40, noise, std=0.2, coupling=coupling)
+    matrix = Start(50, 40, noise, std=0.2, coupling=coupling)
     a, b = noise(2, 40), noise(2, 40)
     matrix.left(noise(2, 50))
     wa, wb = matrix.right(a), matrix.right(b)
@@ -57,7 +58,7 @@ def test_the_law_is_that_of_a_dense_matrix() -> None:
         return torch.cat([q, a, b, c], dim=1)
 
     q = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(draws, 1, n)
-    matrix = GaussianMatrix(n, n, Noise(range(draws), dtype=torch.float64), std=n**-0.5)
+    matrix = Start(n, n, Noise(range(draws), dtype=torch.float64), std=n**-0.5)
     ours = chain(lambda x: matrix.right(x), lambda x: matrix.left(x), q)
     dense = torch.randn(draws, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / math.sqrt(n)
     theirs = chain(lambda x: x @ dense.mT, lambda x: x @ dense, q)
@@ -76,7 +77,7 @@ def test_decoupled_left_products_know_nothing_of_the_right_ones() -> None:
     q = noise(1, 16)
     values = {}
     for coupling in ("reused", "decoupled"):
-        matrix = GaussianMatrix(16, 16, Noise(range(9000, 12000), dtype=torch.float64), std=0.25, coupling=coupling)
+        matrix = Start(16, 16, Noise(range(9000, 12000), dtype=torch.float64), std=0.25, coupling=coupling)
         a = matrix.right(q)
         values[coupling] = torch.bmm(matrix.left(a), q.mT).flatten() / 16
     assert float(values["reused"].mean()) == pytest.approx(1.0, abs=0.05)  # <W^T W q, q> = |W q|^2
@@ -92,7 +93,7 @@ def test_a_seeds_numbers_do_not_depend_on_its_neighbours() -> None:
 def test_queries_that_move_slowly_stay_exact(speed: float) -> None:
     """Features of successive training steps: what is new in them is small beside what is known."""
     noise = Noise([0, 1], dtype=torch.float32)
-    matrix = GaussianMatrix(400, 500, noise, std=1 / 20)
+    matrix = Start(400, 500, noise, std=1 / 20)
     q, p, rights, lefts = noise(4, 500), noise(4, 400), [], []
     for _ in range(20):
         rights.append((q, matrix.right(q)))
@@ -110,7 +111,7 @@ def test_queries_that_move_slowly_stay_exact(speed: float) -> None:
 
 
 def test_a_query_overwritten_in_place_is_not_taken_for_the_last_one() -> None:
-    matrix = GaussianMatrix(30, 40, Noise([0], dtype=torch.float64), std=1.0)
+    matrix = Start(30, 40, Noise([0], dtype=torch.float64), std=1.0)
     q = torch.randn(1, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before, start = matrix.right(q), q.clone()
     q.add_(q.flip(1))
@@ -124,7 +125,7 @@ def test_rows_of_which_most_hold_nothing_new_are_multiplied_in_single_precision(
         noise = Noise([seed], dtype=torch.float32)
         rows = noise(64, 200)
         old = torch.rand(64, generator=torch.Generator().manual_seed(seed)) < 0.75
-        matrix = GaussianMatrix(8, 200, noise, std=0.1)
+        matrix = Start(8, 200, noise, std=0.1)
         matrix.right(rows[:, old])
         assert bool(matrix.right(rows).isfinite().all())
 
@@ -132,7 +133,7 @@ def test_rows_of_which_most_hold_nothing_new_are_multiplied_in_single_precision(
 @pytest.mark.parametrize("new", [1e-1, 1e-3, 3e-5, 1e-6])
 def test_rows_with_little_new_in_them_leave_orthonormal_bases_and_adjoint_products(new: float) -> None:
     noise = Noise([0, 1], dtype=torch.float32)
-    matrix = GaussianMatrix(300, 400, noise, std=0.05)
+    matrix = Start(300, 400, noise, std=0.05)
     first, left = noise(40, 400), noise(30, 300)
     alike = torch.bmm(noise(40, 3), noise(3, 400)) + 0.03 * noise(40, 400)  # that little is of nearly low rank
     second = torch.bmm(noise(40, 40), first) / 6 + new * alike

@@ -11,8 +11,9 @@ from wide import dense, sgd
 from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.nfd import implicit_model, predict
 from torch_depthmup.diagnostics.nfd.building import hidden_matrices
-from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Noise
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 from torch_depthmup.errors import DepthMuPError
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -35,7 +36,7 @@ def test_a_convolution_and_its_gradients_are_those_of_the_entries(dims: int, opt
     """The weight's entries are read off by asking for all unit vectors."""
     kernel = (3,) * dims
     start = GaussianMatrix(5, 4 * 3**dims, Noise([0], dtype=torch.float64), std=0.3)
-    matrix = start.right(torch.eye(start.columns, dtype=torch.float64)[None])[0].T
+    matrix = TrainedMatrix.at_start(start).product("right", torch.eye(start.columns, dtype=torch.float64)[None])[0].T
     formed = matrix.reshape(5, 4, *kernel).clone().requires_grad_()
     weight = nn.Parameter(ImplicitWeight(TrainedMatrix.at_start(start), "w", kernel))
     assert weight.shape == formed.shape

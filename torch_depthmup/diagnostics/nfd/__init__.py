@@ -6,6 +6,7 @@ same way, by your own code, and `implicit_model` gives that model; `simulate_lik
 `CanonicalResNet` is a module.
 """
 
+from torch_depthmup.diagnostics.nfd import algebra, products  # noqa: F401  they fill a table of operations
 from torch_depthmup.diagnostics.nfd.building import implicit_model
 from torch_depthmup.diagnostics.nfd.gains import Gains
 from torch_depthmup.diagnostics.nfd.gia import GIAGap, gia_gap

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise
 from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
 from torch_depthmup.diagnostics.nfd.simulate import check_memory
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 from torch_depthmup.diagnostics.nfd.unformed import Making, Unformed
 from torch_depthmup.diagnostics.shared.training import own_random_state
 from torch_depthmup.errors import DepthMuPError
@@ -26,6 +27,7 @@ _COMPUTED = (
     "{}, entry by entry, in each forward pass (a parametrization such as orthogonal or weight_norm, or a mask), and "
     "entries are never formed here. Leave that out of the factory"
 )
+SAME_LAW = 0.05  # relative difference of standard deviations that the error of reading them off explains
 CENTRED = 1e-2  # mean of the entries relative to their standard deviation that is still zero
 
 
@@ -147,19 +149,25 @@ def built(
     coupling: Coupling,
     device: torch.device | str | None,
     dtype: torch.dtype,
+    like: nn.Module | None = None,
 ) -> nn.Module:
-    """The same, where it is known already which matrices are hidden, and what shapes they have."""
+    """The same, where it is known already which matrices are hidden, and what shapes they have.
+
+    Beside another seed's model, the standard deviations are that one's, and are checked and not measured.
+    """
     shapes: set[tuple[int, ...]] = set(hidden.values())
     with own_random_state():
         torch.manual_seed(seed)
-        with Making(lambda shape: shape in shapes):
+        with Making(lambda shape: shape in shapes, many=like is None):
             model = make_model(width)
+    named = {} if like is None else dict(like.named_parameters())
+    known = {n: p.matrix.start.std for n, p in named.items() if isinstance(p, ImplicitWeight)}
     parameters = dict(model.named_parameters())
     noise = Noise([_another_stream(seed)], device=device, dtype=dtype)
     made: dict[int, nn.Parameter] = {}
     _refuse_copies({name: parameters[name] for name in hidden})
     for name in hidden:
-        std = _std(name, parameters[name])
+        std = _std(name, parameters[name], known.get(name))
         rows, *rest = hidden[name]
         start = GaussianMatrix(rows, math.prod(rest), noise, std=std, coupling=coupling)
         weight = ImplicitWeight(TrainedMatrix.at_start(start), name, kernel=tuple(rest[1:]))
@@ -184,7 +192,7 @@ def _another_stream(seed: int) -> int:
     return int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
 
 
-def _std(name: str, parameter: Tensor) -> float:
+def _std(name: str, parameter: Tensor, known: float | None) -> float:
     """The standard deviation of a matrix's entries."""
     law = parameter.law.sample if isinstance(parameter, Unformed) else "values that were made in another way"
     if isinstance(law, str):
@@ -193,6 +201,11 @@ def _std(name: str, parameter: Tensor) -> float:
             "Initialise it by torch.nn.init.normal_ or uniform_ in the factory"
         )
     mean, std = float(law.mean()), float(law.std(unbiased=False))
+    if known is not None:
+        if abs(std - known) > SAME_LAW * known:
+            raise DepthMuPError(f"{name}: its initial entries have standard deviation {std:.3g} with one seed and "
+                                f"{known:.3g} with another")  # fmt: skip
+        return known
     if abs(mean) > CENTRED * std and mean != 0:
         raise DepthMuPError(f"{name}: its entries have mean {mean:.3g} at initialization, not 0")
     return std

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.nfd.activations import derivative, get_activation
-from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise, TrainedMatrix
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, GaussianMatrix, Noise
 from torch_depthmup.diagnostics.nfd.record import Record
 from torch_depthmup.diagnostics.nfd.setting import Setting
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 
 __all__ = ["Forward", "Gradients", "Network", "backward", "forward"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_depthmup.diagnostics.nfd.entries import pointwise
-from torch_depthmup.diagnostics.nfd.gaussian import TrainedMatrix
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 
 __all__ = ["applied", "filled", "functional"]
 

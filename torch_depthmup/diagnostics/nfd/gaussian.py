@@ -17,7 +17,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from torch_depthmup.diagnostics.nfd.entries import Node, Outer, blocks, from_left, from_right, pointwise
 from torch_depthmup.diagnostics.nfd.orthonormal import directions, eigen, padded, split, total
 from torch_depthmup.errors import DepthMuPError, DivergenceError
 
@@ -25,9 +24,9 @@ __all__ = [
     "ROUNDED",
     "Coupling",
     "GaussianMatrix",
+    "MatrixSide",
     "Noise",
     "Side",
-    "TrainedMatrix",
     "checked_coupling",
     "checked_dtype",
 ]
@@ -76,11 +75,27 @@ class Noise:
         self.dtype = checked_dtype(dtype)
         self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
+    @classmethod
+    def of(cls, generators: Sequence[torch.Generator], like: Noise) -> Noise:
+        """Streams that were begun already."""
+        made = cls([], device=like.device, dtype=like.dtype)
+        made.generators = list(generators)
+        return made
+
     def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
         """Numbers of shape (seeds, *shape), of a standard deviation."""
         out = torch.empty(len(self.generators), *shape, device=self.device, dtype=self.dtype)
         for part, generator in zip(out, self.generators, strict=True):
             part.normal_(std=std, generator=generator)
+        return out
+
+    def rows(self, some: Tensor, size: int) -> Tensor:
+        """Rows of standard normal numbers for those of (seeds, rows) that are some, and zeros for the others."""
+        if bool(some.all()):
+            return self(some.shape[1], size)
+        out = torch.zeros(*some.shape, size, device=self.device, dtype=self.dtype)
+        for part, own, generator in zip(out, some, self.generators, strict=True):
+            part[own] = part.new_empty(int(own.sum()), size).normal_(generator=generator)
         return out
 
 
@@ -102,7 +117,7 @@ class _Last:
         return shaped and one.data_ptr() == other.data_ptr() and self.version == one._version == other._version
 
 
-class _Side:
+class MatrixSide:
     """Orthonormal queries from one side, as rows (seeds, queries, size), and what the matrix answers to them.
 
     The answers are ``std noise + shares @ (the other side's queries)``: what is drawn for a query, and what is due to
@@ -159,12 +174,6 @@ class GaussianMatrix:
             independent matrix, as gradient independence assumes.
 
     Invariant (reused): <p, W q> = <W^T p, q> for all queries ever made, to rounding.
-
-    >>> matrix = GaussianMatrix(10**6, 10**6, Noise([0], dtype=torch.float64), std=1e-3)  # 8 TB, if it were formed
-    >>> p, q = torch.ones(1, 1, 10**6).double(), torch.ones(1, 1, 10**6).double()
-    >>> forward, backward = matrix.right(q), matrix.left(p)
-    >>> torch.allclose((p * forward).sum(), (backward * q).sum())
-    True
     """
 
     def __init__(
@@ -179,18 +188,10 @@ class GaussianMatrix:
     ):
         self.rows, self.columns, self.noise, self.std = rows, columns, noise, std
         self.coupling = checked_coupling(coupling)
-        self.right_side = _Side(columns, rows, capacity[0], noise)
-        self.left_side = _Side(rows, columns, capacity[1], noise)
+        self.right_side = MatrixSide(columns, rows, capacity[0], noise)
+        self.left_side = MatrixSide(rows, columns, capacity[1], noise)
 
-    def right(self, queries: Tensor) -> Tensor:
-        """W q for rows q: (seeds, queries, columns) -> (seeds, queries, rows)."""
-        return TrainedMatrix.at_start(self).product("right", queries)
-
-    def left(self, queries: Tensor) -> Tensor:
-        """W^T p for rows p: (seeds, queries, rows) -> (seeds, queries, columns)."""
-        return TrainedMatrix.at_start(self).product("left", queries)
-
-    def sides(self, side: Side) -> tuple[_Side, _Side]:
+    def sides(self, side: Side) -> tuple[MatrixSide, MatrixSide]:
         """That side and the other one."""
         return (self.right_side, self.left_side) if side == "right" else (self.left_side, self.right_side)
 
@@ -207,13 +208,13 @@ class GaussianMatrix:
             here.last = _Last(queries, queries._version, self._resolved(rows, here, there))
         return here.last.coordinates
 
-    def _resolved(self, queries: Tensor, here: _Side, there: _Side) -> Tensor:
+    def _resolved(self, queries: Tensor, here: MatrixSide, there: MatrixSide) -> Tensor:
         """Coordinates of new queries: of what the last ones say of them, and of the rest."""
         smallest = ROUNDING * torch.finfo(queries.dtype).eps * torch.linalg.vector_norm(queries, dim=2)
         coordinates, rest = _from_last(queries, here)
         return total(coordinates, self._asked(rest, smallest, here, there))
 
-    def _asked(self, rows: Tensor, smallest: Tensor, here: _Side, there: _Side) -> Tensor:
+    def _asked(self, rows: Tensor, smallest: Tensor, here: MatrixSide, there: MatrixSide) -> Tensor:
         """Splits rows along what was asked before, asks for the rest, until nothing longer than ``smallest`` is left.
 
         With G the Gram matrix of the rest at unit length, G = V x V^T, new directions are x^{-1/2} V^T rest for the
@@ -233,10 +234,11 @@ class GaussianMatrix:
         units = rest * torch.where(live, 1 / lengths, 0.0)[:, :, None]
         values, vectors = eigen(torch.bmm(units, units.mT), live)
         kept = values > SPREAD * values[:, -1:].clamp_min(torch.finfo(rows.dtype).tiny)
-        fresh, along, old = directions(units, values, vectors, kept, here.queries[:, : 0 if exact else None])
+        old = here.queries[:, : 0 if exact else None]
+        fresh, along, back, some = directions(units, live, values, vectors, kept, old)
         lengths = torch.where(live, lengths, 0.0)[:, :, None]
-        coordinates = torch.cat([total(lengths * old, coordinates), lengths * along], dim=2)
-        here.append(fresh, *self._answer(fresh, there))
+        coordinates = torch.cat([total(lengths * back, coordinates), lengths * along], dim=2)
+        here.append(fresh, *self._answer(fresh, some, there))
         share = torch.where(live, smallest / lengths[:, :, 0], math.inf).amin(1, keepdim=True)
         more = ~kept & (values > share.square())
         if bool(more.any()):
@@ -245,18 +247,18 @@ class GaussianMatrix:
             coordinates = total(coordinates, torch.bmm(lengths * turned, asked))
         return coordinates
 
-    def _answer(self, fresh: Tensor, there: _Side) -> tuple[Tensor, Tensor]:
+    def _answer(self, fresh: Tensor, some: Tensor, there: MatrixSide) -> tuple[Tensor, Tensor]:
         """W Q = E + Q_b (R_b^T Q - Q_b^T E) for new orthonormal Q, as E and the bracket; R_b^T Q is E_b^T Q, since what
         else is in R_b lies along earlier queries.
         """
-        noise = self.noise(fresh.shape[1], there.queries.shape[2]).to(ROUNDED).to(fresh.dtype)
+        noise = self.noise.rows(some, there.queries.shape[2]).to(ROUNDED).to(fresh.dtype)
         if self.coupling == "decoupled" or not there.count:
             return noise, noise[:, :, :0]
         along = torch.bmm(fresh, there.noise().mT)
         return noise, self.std * torch.baddbmm(along, noise, there.queries.mT, alpha=-1)
 
 
-def _from_last(queries: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
+def _from_last(queries: Tensor, side: MatrixSide) -> tuple[Tensor, Tensor]:
     """Coordinates of each row's projection on the row asked last in its place, and the rest.
 
     A network's features change little from step to step. What is new in them is found from the difference in one pass,
@@ -268,145 +270,3 @@ def _from_last(queries: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
     squares = last.square().sum(2, keepdim=True)
     factor = (queries * last).sum(2, keepdim=True) / torch.where(squares > 0, squares, 1.0)
     return factor * side.last.coordinates, torch.addcmul(queries, factor, last, value=-1)
-
-
-@dataclass(frozen=True)
-class TrainedMatrix:
-    """gain * W + Q_b^T change Q_f + entries: a Gaussian matrix and what training made of it.
-
-    Gradients and velocities are such matrices too, of gain 0, so the algebra of an optimizer works on them. Values are
-    never changed; what grows with a product is the basis in `start`, in which all of them are written.
-
-    Args:
-        start: W.
-        gain: factor on it.
-        change: (seeds, left queries, right queries), coordinates of what has low rank; directions that were asked later
-            have coordinate zero.
-        entries: what has not, as its entries are computed.
-        how: of gain 0, the change once more as its entries are computed with least work.
-    """
-
-    start: GaussianMatrix
-    gain: float
-    change: Tensor
-    entries: Node | None = None
-    how: Node | None = None
-
-    @classmethod
-    def at_start(cls, start: GaussianMatrix, gain: float = 1.0) -> TrainedMatrix:
-        """gain * W."""
-        return cls(start, gain, torch.zeros(len(start.noise.generators), 0, 0, device=start.noise.device,
-                                            dtype=start.noise.dtype))  # fmt: skip
-
-    @classmethod
-    def outer(cls, start: GaussianMatrix, p: Tensor, q: Tensor) -> TrainedMatrix:
-        """Sum of p q^T over rows of coordinates p (seeds, rows, left queries) and q."""
-        few = p.shape[1] < min(p.shape[2], q.shape[2])
-        return cls(start, 0.0, torch.bmm(p.mT, q), how=Outer(p, q) if few else None)
-
-    @property
-    def known(self) -> Node | None:
-        """How its entries are computed; ``None`` where those of W would be needed."""
-        if self.gain * self.start.std:
-            return None
-        low = self._low()
-        return low if self.entries is None else pointwise(torch.add, low, self.entries) if low else self.entries
-
-    def _low(self) -> Node:
-        """The change by entries."""
-        if self.how is not None:
-            return self.how
-        left, right = self.change.shape[1:]
-        eye = torch.eye(min(left, right), device=self.change.device, dtype=self.change.dtype)
-        eye = eye.expand(len(self.change), -1, -1)
-        return Outer(self.change.mT, eye) if right < left else Outer(eye, self.change)
-
-    def product(self, side: Side, queries: Tensor) -> Tensor:
-        """The product with rows q from the right, the transposed one with rows p from the left."""
-        return self.value(side, self.start.coordinates(side, queries), queries)
-
-    def value(self, side: Side, coordinates: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The product with rows of which the coordinates are known, and maybe the rows."""
-        here, there = self.start.sides(side)
-        mixed = self.own(side, coordinates)
-        if self.gain:
-            shares = here.shares[:, : coordinates.shape[2]]
-            width = max(mixed.shape[2], shares.shape[2])
-            known = self.gain * torch.bmm(coordinates[:, :, : shares.shape[1]], shares)
-            mixed = padded(mixed, mixed.shape[1], width) + padded(known, mixed.shape[1], width)
-            fresh = torch.bmm(self.start.std * coordinates, here.noise(coordinates.shape[2]))
-            low = torch.baddbmm(fresh, mixed, there.queries[:, :width], beta=self.gain)
-        else:
-            low = torch.bmm(mixed, there.queries[:, : mixed.shape[2]])
-        if self.entries is None:
-            return low
-        if queries is None:
-            queries = torch.bmm(coordinates, here.queries[:, : coordinates.shape[2]])
-        multiply = from_right if side == "right" else from_left
-        return low + multiply(self.entries, *self._bases(), queries.reshape(*low.shape[:2], -1))
-
-    def _bases(self) -> tuple[Tensor, Tensor]:
-        return self.start.left_side.queries, self.start.right_side.queries
-
-    def own(self, side: Side, coordinates: Tensor) -> Tensor:
-        """What the change adds to the product, in coordinates along the other side's orthonormal queries."""
-        change = self.change.mT if side == "right" else self.change
-        return torch.bmm(coordinates[:, :, : change.shape[1]], change)
-
-    def plus(self, other: TrainedMatrix, factor: float = 1.0) -> TrainedMatrix:
-        """self + factor * other, of the same start."""
-        left, right = (max(a, b) for a, b in zip(self.change.shape[1:], other.change.shape[1:], strict=True))
-        change = padded(self.change, left, right) + factor * padded(other.change, left, right)
-        gradients = self.gain == other.gain == 0 and (self.how or other.how)
-        return TrainedMatrix(
-            self.start,
-            self.gain + factor * other.gain,
-            change,
-            _added(self.entries, other.entries, factor),
-            _added(self._low(), other._low(), factor) if gradients else None,
-        )
-
-    def times(self, factor: float) -> TrainedMatrix:
-        """factor * self."""
-        if factor == 0:
-            return TrainedMatrix.at_start(self.start, 0.0)
-        entries, how = (part and pointwise(torch.mul, part, factor) for part in (self.entries, self.how))
-        return TrainedMatrix(self.start, factor * self.gain, factor * self.change, entries, how)
-
-    def norm(self) -> Tensor:
-        """Frobenius norm, (seeds,): of the entries not seen yet the mean square stands for the square."""
-        start, left, right = self.start, self.start.left_side, self.start.right_side
-        square = self.change.square().sum((1, 2))
-        known_left = torch.bmm(padded(self.change, left.count, right.count), right.queries)
-        answers = []
-        if self.gain:
-            answers = [self._answers(side) for side in ("right", "left")]
-            seen = torch.bmm(left.queries, answers[0].mT)  # Q_b W Q_f^T
-            known = answers[0].square().sum((1, 2)) + answers[1].square().sum((1, 2)) - seen.square().sum((1, 2))
-            unseen = start.std**2 * (start.rows - left.count) * (start.columns - right.count)
-            change = padded(self.change, left.count, right.count)
-            square = square + self.gain**2 * (known + unseen) + 2 * self.gain * (change * seen).sum((1, 2))
-            known_left = known_left + self.gain * (answers[1] - torch.bmm(seen, right.queries))
-        if self.entries is not None:  # |A + D|^2 = |A|^2 + <D, D + 2 A>, and D is independent of what is not seen of A
-            bases = self._bases()
-            square = square + sum(d.square().sum((1, 2)) for _, d in blocks(self.entries, *bases))
-            square = square + 2 * (from_left(self.entries, *bases, left.queries) * known_left).sum((1, 2))
-            if self.gain:
-                along = from_right(self.entries, *bases, right.queries)
-                square = square + 2 * self.gain * (along * answers[0]).sum((1, 2))
-        return square.clamp_min(0).sqrt()
-
-    def _answers(self, side: Side) -> Tensor:
-        """The start's products with all orthonormal queries of a side."""
-        here, there = self.start.sides(side)
-        queries = there.queries[:, : here.shares.shape[2]]
-        return torch.baddbmm(here.noise(), here.shares, queries, beta=self.start.std)
-
-
-def _added(one: Node | None, other: Node | None, factor: float) -> Node | None:
-    """one + factor * other, where nothing is zero."""
-    if other is None:
-        return one
-    if one is None:
-        return other if factor == 1 else pointwise(torch.mul, other, factor)
-    return pointwise(torch.add, one, other, alpha=factor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from torch_depthmup.diagnostics.nfd.einsum import einsum_as_matmul
-from torch_depthmup.diagnostics.nfd.elementwise import applied, filled, functional
-from torch_depthmup.diagnostics.nfd.entries import pointwise
-from torch_depthmup.diagnostics.nfd.gaussian import Side, TrainedMatrix
-from torch_depthmup.diagnostics.nfd.margins import Margin, margin_norms
-from torch_depthmup.diagnostics.nfd.patches import Patches, positions
-from torch_depthmup.diagnostics.nfd.spanned import Spanned
+from torch_depthmup.diagnostics.nfd.elementwise import applied, functional
+from torch_depthmup.diagnostics.nfd.gaussian import GaussianMatrix, Side
+from torch_depthmup.diagnostics.nfd.patches import Patches
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 from torch_depthmup.errors import DepthMuPError
 
 __all__ = ["ImplicitWeight"]
@@ -33,7 +31,7 @@ aten = torch.ops.aten
 
 
 @dataclass(eq=False)
-class _Cell:
+class Cell:
     """What views of one weight share: its name, and its value, which an optimizer's in-place step replaces.
 
     A convolution's weight has a ``kernel``: its matrix multiplies patches.
@@ -44,9 +42,9 @@ class _Cell:
     kernel: tuple[int, ...] = ()
     patched: tuple[Patches, Tensor, int, Tensor] | None = None  # the last input's: a backward pass needs them too
 
-    def of(self, value: TrainedMatrix) -> _Cell:
+    def of(self, value: TrainedMatrix) -> Cell:
         """Another value of the same shape."""
-        return _Cell(self.name, value, self.kernel)
+        return Cell(self.name, value, self.kernel)
 
     def patches(self, walk: Patches, x: Tensor) -> Tensor:
         """Rows of patches, the same tensor for the same input."""
@@ -88,15 +86,15 @@ class ImplicitWeight(Tensor):
     True
     """
 
-    _cell: _Cell
-    _transposed: bool
+    cell: Cell
+    transposed: bool
 
     @staticmethod
     def __new__(cls, matrix: TrainedMatrix, name: str, kernel: tuple[int, ...] = ()) -> ImplicitWeight:
-        return cls._view(_Cell(name, matrix, kernel), transposed=False)
+        return cls._view(Cell(name, matrix, kernel), transposed=False)
 
     @classmethod
-    def _view(cls, cell: _Cell, transposed: bool) -> ImplicitWeight:
+    def _view(cls, cell: Cell, transposed: bool) -> ImplicitWeight:
         start = cell.value.start
         shape: tuple[int, ...] = (start.rows, start.columns // math.prod(cell.kernel), *cell.kernel)
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -107,27 +105,43 @@ class ImplicitWeight(Tensor):
             dtype=start.noise.dtype,
             device=start.noise.device,
         )
-        made._cell, made._transposed = cell, transposed
+        made.cell, made.transposed = cell, transposed
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ImplicitWeight({self._cell.name!r}, {tuple(self.shape)})"
+        return f"ImplicitWeight({self.cell.name!r}, {tuple(self.shape)})"
 
     def data_ptr(self) -> int:
         """The same for views of one weight, another for each weight; nothing is stored there."""
-        return id(self._cell)
+        return id(self.cell)
 
     @property
     def matrix(self) -> TrainedMatrix:
         """Its value, not transposed."""
-        return self._cell.value
+        return self.cell.value
+
+    def restart(self, start: GaussianMatrix) -> None:
+        """The same value, on a start that holds the same."""
+        self.cell.value = replace(self.cell.value, start=start)
+
+    def of(self, value: TrainedMatrix) -> ImplicitWeight:
+        """Another value, not transposed: a gradient, for example."""
+        return ImplicitWeight._view(self.cell.of(value), transposed=False)
+
+    def like(self, value: TrainedMatrix) -> ImplicitWeight:
+        """Another value, transposed as this is."""
+        return ImplicitWeight._view(self.cell.of(value), self.transposed)
+
+    def view(self, turned: bool = False) -> ImplicitWeight:  # type: ignore[override]
+        """The same value, which an optimizer's step in place changes for both."""
+        return ImplicitWeight._view(self.cell, self.transposed != turned)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.einsum:
             operands = _flat(args[1:])
             at = next(i for i, operand in enumerate(operands) if isinstance(operand, ImplicitWeight))
-            func, args = einsum_as_matmul, (args[0], operands, at, operands[at]._cell.name)
+            func, args = einsum_as_matmul, (args[0], operands, at, operands[at].cell.name)
         with torch._C.DisableTorchFunctionSubclass(), _Saving():
             return func(*args, **(kwargs or {}))
 
@@ -143,7 +157,7 @@ class ImplicitWeight(Tensor):
             return result
         weight = next(a for a in _flat(args) if isinstance(a, ImplicitWeight))
         raise DepthMuPError(
-            f"{weight._cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
+            f"{weight.cell.name}: {func.overloadpacket} needs the entries of this matrix, which is never formed. It "
             "can be multiplied with (linear layers, matmul, convolutions over one or two dimensions without groups) "
             "and trained by SGD, Muon, and what acts on gradients entry by entry, one parameter after the other: "
             "AdamW, not Adam with an L2 penalty"
@@ -157,12 +171,12 @@ def _flat(args: Any) -> list[Any]:
 class _Query(Tensor):
     """A product's input as autograd saved it, with the coordinates of its rows: p^T q is a gradient in coordinates."""
 
-    _query: _Asked
+    _query: Asked
     _plain: Tensor
     _transposed: bool
 
     @classmethod
-    def of(cls, plain: Tensor, query: _Asked, transposed: bool) -> _Query:
+    def of(cls, plain: Tensor, query: Asked, transposed: bool) -> _Query:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, plain.shape, strides=plain.stride(), dtype=plain.dtype, device=plain.device
         )
@@ -190,10 +204,10 @@ class _Query(Tensor):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """Rows that a weight was multiplied by: which weight, from which side, and their coordinates."""
 
-    cell: _Cell
+    cell: Cell
     side: Side
     coordinates: Tensor
 
@@ -211,7 +225,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
-        self.query: tuple[_Asked, bool] | None = None
+        self.query: tuple[Asked, bool] | None = None
 
     def restored(self) -> Tensor:
         return self.tensor if self.query is None else _Query.of(self.tensor, *self.query)
@@ -241,7 +255,7 @@ class _Saving(saved_tensors_hooks):
         self.saved = []
 
 
-def _note(x: Tensor, query: _Asked) -> None:
+def note(x: Tensor, query: Asked) -> None:
     """Tells autograd's copy of an input which coordinates it has; the copy may be of the input's transpose."""
     for saving in _Saving.active[-1:]:
         for saved in saving.saved:
@@ -260,7 +274,7 @@ def _by_entries(func: Any, args: tuple, kwargs: dict) -> Any:
     if not weights:  # several at once, as with foreach=True
         return NotImplemented
     one = weights[0]
-    alike = all(w._transposed == one._transposed and w.matrix.start is one.matrix.start for w in weights)
+    alike = all(w.transposed == one.transposed and w.matrix.start is one.matrix.start for w in weights)
     if act is None or not alike:
         return NotImplemented
     values = tuple(a.matrix if isinstance(a, ImplicitWeight) else a for a in args)
@@ -269,196 +283,12 @@ def _by_entries(func: Any, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     written = args[0] if act is not func and out is None else out
     if written is None:
-        return _like(one, made)
+        return one.like(made)
     if isinstance(written, ImplicitWeight):
-        written._cell.value = made
+        written.cell.value = made
         return written
     return NotImplemented
 
 
-def _mm(first: Tensor, second: Tensor) -> Any:
-    if isinstance(first, ImplicitWeight):
-        return NotImplemented if isinstance(second, ImplicitWeight) else _mm(second.t(), _t(first)).t()
-    assert isinstance(second, ImplicitWeight)
-    cell, side = second._cell, "right" if second._transposed else "left"  # x W^T is W x for rows x
-    value = cell.product(side, first)  # type: ignore[arg-type]
-    _note(first, _Asked(cell, side, cell.ask(side, first)))  # type: ignore[arg-type]
-    return value
-
-
-def _addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = NotImplemented if isinstance(bias, ImplicitWeight) else _mm(first, second)
-    return product if product is NotImplemented else beta * bias + alpha * product
-
-
-def _convolution(
-    x: Tensor, weight: Any, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
-) -> Any:
-    if not isinstance(weight, ImplicitWeight) or transposed or rest[-1] != 1 or not 1 <= len(weight._cell.kernel) <= 2:
-        return NotImplemented
-    walk = Patches(weight._cell.kernel, stride, padding, dilation)
-    value = walk.image(weight._cell.product("right", weight._cell.patches(walk, x)), x)
-    return value if bias is None else value + bias.reshape(-1, *(1,) * len(walk.kernel))
-
-
-def _convolution_backward(
-    gradient: Tensor, x: Tensor, weight: Any, _: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
-) -> Any:
-    """Gradients of the input, the weight and the bias, as far as the mask asks."""
-    cell, walk, wanted = weight._cell, Patches(weight._cell.kernel, stride, padding, dilation), rest[-1]
-    p = positions(gradient)
-    of_input = walk.summed(cell.product("left", p), x) if wanted[0] else None
-    of_weight = None
-    if wanted[1]:
-        matrix = TrainedMatrix.outer(cell.value.start, cell.ask("left", p), cell.ask("right", cell.patches(walk, x)))
-        of_weight = ImplicitWeight._view(cell.of(matrix), transposed=False)
-    return of_input, of_weight, p.sum(0) if wanted[2] else None
-
-
-def _t(weight: ImplicitWeight, *axes: int) -> Any:
-    if weight._cell.kernel:
-        return NotImplemented
-    if axes and axes[0] % 2 == axes[1] % 2:
-        return weight
-    return ImplicitWeight._view(weight._cell, not weight._transposed)
-
-
-def _like(weight: ImplicitWeight, value: TrainedMatrix) -> ImplicitWeight:
-    return ImplicitWeight._view(weight._cell.of(value), weight._transposed)
-
-
-def _add(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
-    if isinstance(weight, ImplicitWeight) and isinstance(other, Spanned) and not weight._transposed:
-        change = other.coordinates.to(weight.dtype)[None]
-        return _like(weight, weight.matrix.plus(TrainedMatrix(weight.matrix.start, 0.0, change), float(alpha)))
-    if not (isinstance(weight, ImplicitWeight) and isinstance(other, ImplicitWeight)):
-        return NotImplemented
-    if weight._transposed != other._transposed or weight.matrix.start is not other.matrix.start:
-        return NotImplemented
-    return _like(weight, weight.matrix.plus(other.matrix, float(alpha)))
-
-
-def _sub(weight: Tensor, other: Any, *, alpha: float = 1) -> Any:
-    return _add(weight, other, alpha=-alpha)
-
-
-def _mul(weight: Any, factor: Any) -> Any:
-    if not isinstance(weight, ImplicitWeight):
-        weight, factor = factor, weight
-    if isinstance(factor, Tensor) and (isinstance(factor, ImplicitWeight) or factor.numel() != 1):
-        return NotImplemented
-    return _like(weight, weight.matrix.times(float(factor)))
-
-
-def _div(weight: Any, divisor: Any) -> Any:
-    if isinstance(divisor, Tensor) and (isinstance(divisor, ImplicitWeight) or divisor.numel() != 1):
-        return NotImplemented
-    return _mul(weight, 1 / float(divisor))
-
-
-def _lerp(weight: Any, other: Any, share: Any) -> Any:
-    kept = _mul(weight, 1 - float(share))
-    return kept if kept is NotImplemented else _add(kept, other, alpha=float(share))
-
-
-def _in_place(made: Callable[..., Any]) -> Callable[..., Any]:
-    def act(weight: Any, *args: Any, **kwargs: Any) -> Any:
-        result = made(weight, *args, **kwargs) if isinstance(weight, ImplicitWeight) else NotImplemented
-        if result is NotImplemented:
-            return NotImplemented
-        weight._cell.value = result._cell.value
-        return weight
-
-    return act
-
-
-def _full(weight: ImplicitWeight, value: float, **_: Any) -> ImplicitWeight:
-    zero = weight.matrix.times(0.0)
-    return _like(weight, filled(zero, pointwise(torch.add, zero.known, value)))
-
-
-def _copy(weight: ImplicitWeight, other: Any, non_blocking: bool = False) -> Any:
-    if not isinstance(other, ImplicitWeight) or other.matrix.start is not weight.matrix.start:
-        return NotImplemented
-    return _like(weight, other.matrix)
-
-
-def _to(weight: ImplicitWeight, *args: Any, **kwargs: Any) -> Any:
-    """Where it is already, and of the type it has; it cannot be moved. What training made may lose precision."""
-    low = not weight.matrix.gain and weight.matrix.entries is None
-    if kwargs == {"dtype": torch.bfloat16} and low and not weight._cell.kernel:
-        change = weight.matrix.change[0].to(torch.bfloat16)
-        return Spanned.of(tuple(weight.shape), change.T if weight._transposed else change, weight._cell.name)
-    kept = (weight.dtype, weight.device, None, False)
-    wanted = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype | torch.device)]
-    return _view(weight) if all(a in kept for a in wanted) else NotImplemented
-
-
-def _view(weight: ImplicitWeight) -> ImplicitWeight:
-    return ImplicitWeight._view(weight._cell, weight._transposed)
-
-
-def _any(weight: ImplicitWeight) -> Tensor:
-    matrix = weight.matrix
-    return torch.tensor(bool(matrix.gain * matrix.start.std) or bool(matrix.norm()))
-
-
-def _norm(
-    weight: ImplicitWeight, order: float = 2, dim: Any = None, keep: bool = False, *, dtype: torch.dtype | None = None
-) -> Any:
-    if order != 2:
-        return NotImplemented
-    if not dim and not keep:
-        return weight.matrix.norm()[0].to(dtype or weight.dtype)
-    axes = [dim] if isinstance(dim, int) else list(dim or ())
-    if len(axes) != 1 or not keep or weight._cell.kernel or weight._transposed:
-        return NotImplemented
-    norms = margin_norms(weight.matrix, axes[0] % 2)
-    return NotImplemented if norms is None else _margin(weight, norms.to(dtype or weight.dtype))
-
-
-def _margin(weight: ImplicitWeight, numbers: Tensor) -> Margin:
-    return Margin.of(numbers, weight.matrix, lambda value: _like(weight, value))
-
-
-def _new_zeros(weight: ImplicitWeight, size: Any, **options: Any) -> Any:
-    rows, columns = weight.shape[0], weight.shape[-1]
-    if weight._cell.kernel or weight._transposed or tuple(size) not in ((rows, 1), (1, columns)):
-        return NotImplemented
-    return _margin(weight, torch.zeros(*size, dtype=weight.dtype, device=weight.device))
-
-
-HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.mm: _mm,
-    aten.addmm: _addmm,
-    aten.convolution: _convolution,
-    aten.convolution_backward: _convolution_backward,
-    aten.t: _t,
-    aten.transpose: _t,
-    aten.permute: lambda weight, axes: _t(weight, *axes) if len(axes) == 2 else NotImplemented,
-    aten.detach: _view,
-    aten.alias: _view,
-    aten.clone: lambda weight, memory_format=None: _like(weight, weight.matrix),
-    aten.any: _any,
-    aten.linalg_vector_norm: _norm,
-    aten.to: _to,
-    aten._to_copy: _to,
-    aten.zeros_like: lambda weight, **_: _like(weight, weight.matrix.times(0.0)),
-    aten.full_like: _full,
-    aten.new_zeros: _new_zeros,
-    aten.ones_like: lambda weight, **_: _full(weight, 1.0),
-    aten.neg: lambda weight: _mul(weight, -1.0),
-    aten.add: _add,
-    aten.sub: _sub,
-    aten.mul: _mul,
-    aten.div: _div,
-    aten.lerp: _lerp,
-    aten.lerp_: _in_place(_lerp),
-    aten.add_: _in_place(_add),
-    aten.sub_: _in_place(_sub),
-    aten.mul_: _in_place(_mul),
-    aten.div_: _in_place(_div),
-    aten.copy_: _in_place(_copy),
-    aten.zero_: _in_place(lambda weight: _mul(weight, 0.0)),
-}
-"""What can be done without entries."""
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+"""What can be done without entries: products, see `products.py`, and sums and multiples, see `algebra.py`."""

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_depthmup.diagnostics.nfd.elementwise import filled
 from torch_depthmup.diagnostics.nfd.entries import Margins, blocks
-from torch_depthmup.diagnostics.nfd.gaussian import TrainedMatrix
+from torch_depthmup.diagnostics.nfd.trained import TrainedMatrix
 
 __all__ = ["Margin", "margin_norms"]
 

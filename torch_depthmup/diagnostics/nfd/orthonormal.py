@@ -43,27 +43,28 @@ def eigen(gram: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def directions(
-    units: Tensor, values: Tensor, vectors: Tensor, kept: Tensor, old: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    units: Tensor, live: Tensor, values: Tensor, vectors: Tensor, kept: Tensor, old: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Orthonormal directions of rows, from the eigenvalues of their Gram matrix that are kept; the rows along them.
 
-    Of several seeds the one with most directions counts, and the others get zero rows. An eigenvector's sign is
-    rounding, and what a seed draws must not hang on it: G^{-1/2} where all are kept, or else a sign by convention.
-    What rounding left of an old basis is taken out once more, and given last, by coordinates along it.
+    An eigenvector's sign is rounding, and what a seed draws must not hang on it: G^{-1/2} where all live rows are kept,
+    or else a sign by convention. Nor must it hang on other seeds: where one has fewer directions it gets zero rows, and
+    the last thing given says which are none. What rounding left of an old basis is taken out once more, and given
+    third, by coordinates along it.
     """
-    rank = int(kept.sum(1).max())
-    whole = bool(kept.all())
-    kept, values, vectors = kept[:, -rank:], values[:, -rank:], vectors[:, :, -rank:]
-    if not whole:
-        uneven = torch.arange(1, vectors.shape[1] + 1, device=units.device, dtype=units.dtype).sqrt()
-        vectors = vectors * torch.where((uneven[:, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    whole = kept.sum(1) == live.sum(1)
+    uneven = live.cumsum(1).to(units.dtype).sqrt()
+    vectors = vectors * torch.where((uneven[:, :, None] * vectors).sum(1, keepdim=True) < 0, -1.0, 1.0)
     roots = torch.where(kept, values, 1.0).sqrt()[:, None]
     turned, back = vectors * (kept[:, None] / roots), vectors * (kept[:, None] * roots)
-    if whole:
-        turned, back = torch.bmm(turned, vectors.mT), torch.bmm(back, vectors.mT)
+    if bool(whole.any()):
+        turned, back = (torch.where(whole[:, None, None], torch.bmm(x, vectors.mT), x) for x in (turned, back))
+    some = torch.where(whole[:, None], live, kept)
+    used = some.any(0)
+    turned, back, some = turned[:, :, used], back[:, :, used], some[:, used]
     along, basis, _ = split(torch.bmm(turned.mT, units), old)
     # One step of Newton's iteration towards the nearest orthonormal rows: (3 - G) / 2, which also maps 0 to 0.
     gram = torch.bmm(basis, basis.mT)
     found = torch.baddbmm(basis, gram, basis, beta=1.5, alpha=-0.5)
     new = torch.bmm(back, torch.baddbmm(gram, gram, gram, beta=1.5, alpha=-0.5))
-    return found, new, torch.bmm(back, along)
+    return found, new, torch.bmm(back, along), some

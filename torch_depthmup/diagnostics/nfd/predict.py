@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,26 @@ from torch import Tensor, nn
 
 from torch_depthmup.diagnostics.monitor.recording import FeatureMonitor
 from torch_depthmup.diagnostics.nfd.building import built, hidden_matrices
-from torch_depthmup.diagnostics.nfd.gaussian import ROUNDED, Coupling, GaussianMatrix, checked_coupling, checked_dtype
-from torch_depthmup.diagnostics.nfd.implicit import ImplicitWeight
-from torch_depthmup.diagnostics.nfd.simulate import check_memory
+from torch_depthmup.diagnostics.nfd.gaussian import Coupling, checked_coupling, checked_dtype
+from torch_depthmup.diagnostics.nfd.simulate import NoRoomError
+from torch_depthmup.diagnostics.nfd.together import Together
+from torch_depthmup.diagnostics.nfd.training import (
+    Alone,
+    Run,
+    TooManyError,
+    asked,
+    check_least_memory,
+    expected_rows,
+    worthwhile,
+)
 from torch_depthmup.diagnostics.shared.arguments import positive_integers, seeds_of
 from torch_depthmup.diagnostics.shared.progress import bar
 from torch_depthmup.diagnostics.shared.training import default_loss, own_random_state
-from torch_depthmup.errors import DepthMuPError, DivergenceError
-from torch_depthmup.running import call, main_output, tensors_in
+from torch_depthmup.errors import DivergenceError
 
 __all__ = ["Prediction", "predict"]
+
+BESIDE = 0.25  # of the memory, for seeds side by side
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def predict(
         loss: (output, targets) -> scalar; the default is cross-entropy for integer targets, else mean squares.
         probe: inputs on which a `FeatureMonitor` watches each step, for ``monitor.report(prediction=...)`` and
             `comparison.compare`; ``None`` does not watch.
-        seeds: how many, or which; one after the other.
+        seeds: how many, or which: side by side where the model's code works under `torch.vmap`, or else in turn.
         coupling: ``"reused"`` predicts real networks; ``"decoupled"`` sends gradients back through others.
         device: where to train; ``None`` is the CPU.
         dtype: float32 or float64.
@@ -111,24 +121,52 @@ def predict(
     which = seeds_of(seeds)
     inputs, targets = _moved(inputs, device, dtype), _moved(targets, device, dtype)
     hidden = hidden_matrices(make_model, width)
-    outputs, losses = [], []
-    rows: list[list[dict[str, Any]]] = []
+    sizes = [shape[0] + math.prod(shape[1:]) for shape in hidden.values()]
+    numbers = expected_rows(inputs) * sum(sizes) // (2 * len(sizes))
+    together = worthwhile(numbers, torch.device(device or "cpu")) if probe is None else 1
+    groups = [which[i : i + together] for i in range(0, len(which), together)]
+
+    def draw(group: Sequence[int]) -> _Drawn:
+        models: list[nn.Module] = []
+        for seed in group:
+            like = models[0] if models else None
+            models.append(built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype,
+                                like=like))  # fmt: skip
+        share = 1.0 if len(group) == 1 else BESIDE
+        check_least_memory(models, inputs, steps, share)
+        optimizers = [optimizer(model) for model in models]
+        before = {name: asked(start) for name, start in Alone(models[0]).starts.items()}
+        monitor = None if probe is None else FeatureMonitor(models[0], _moved(probe, device, dtype))
+        networks = Alone(models[0]) if len(group) == 1 else Together(models)
+        run = Run(networks, optimizers, loss or default_loss, steps, before, monitor, share)
+        with own_random_state():
+            torch.manual_seed(group[0])
+            outputs, losses = run.train(inputs, targets, advance)
+        return outputs, losses, [] if monitor is None else [monitor.rows]
+
     with bar("predicting", len(which) * steps, show=progress) as advance:
-        for seed in which:
-            model = built(make_model, width, hidden, seed=seed, coupling=coupling, device=device, dtype=dtype)
-            weights = {name: p for name, p in model.named_parameters() if isinstance(p, ImplicitWeight)}
-            _check_least_memory(weights, inputs, steps)
-            stepping = optimizer(model)
-            before = {name: _asked(weight) for name, weight in weights.items()}
-            monitor = None if probe is None else FeatureMonitor(model, _moved(probe, device, dtype))
-            run = _Run(model, weights, stepping, loss or default_loss, steps, before, monitor)
-            with own_random_state():
-                torch.manual_seed(seed)
-                values = run.train(inputs, targets, advance)
-            outputs.append(torch.stack([output for output, _ in values]))
-            losses.append(torch.stack([value for _, value in values]))
-            rows += [] if monitor is None else [monitor.rows]
-    return Prediction(width, torch.stack(outputs).cpu(), torch.stack(losses).cpu(), tuple(hidden), tuple(rows))
+        drawn = [part for group in groups for part in _together(group, draw)]
+    outputs, losses, rows = zip(*drawn, strict=True)
+    return Prediction(width, torch.cat(outputs), torch.cat(losses), tuple(hidden), tuple(sum(rows, [])))
+
+
+_Drawn = tuple[Tensor, Tensor, list[list[dict[str, Any]]]]
+"""Outputs, losses and a monitor's rows of some seeds."""
+
+
+def _together(seeds: Sequence[int], draw: Callable[[Sequence[int]], _Drawn]) -> list[_Drawn]:
+    """Seeds side by side, in smaller groups where memory or caches are, and in turn where that does not go."""
+    try:
+        return [draw(seeds)]
+    except DivergenceError:
+        raise
+    except Exception as error:  # the user's code need not work under vmap; what is wrong with it shows with one seed
+        if len(seeds) == 1:
+            raise
+        fits = error.fits if isinstance(error, TooManyError) else 1
+        fits = (len(seeds) + 1) // 2 if isinstance(error, NoRoomError) else fits
+        parts = [seeds[i : i + fits] for i in range(0, len(seeds), fits)]
+        return [drawn for part in parts for drawn in _together(part, draw)]
 
 
 def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) -> Any:
@@ -137,105 +175,3 @@ def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype) ->
     if isinstance(value, dict):
         return {key: _moved(item, device, dtype) for key, item in value.items()}
     return type(value)(_moved(item, device, dtype) for item in value) if isinstance(value, tuple | list) else value
-
-
-def _check_least_memory(weights: Mapping[str, ImplicitWeight], inputs: Any, steps: int) -> None:
-    """Before anything runs: each sample is at least one row of each matrix, in each pass."""
-    samples = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 1)
-    sizes = sum(_bytes(weight) for weight in weights.values())
-    device = next(iter(weights.values())).device
-    check_memory((2 * steps + 1) * samples * sizes, device, "Take fewer samples or steps, or less width")
-
-
-def _bytes(weight: ImplicitWeight) -> int:
-    """What a direction takes, with what is drawn for it, on the mean of both sides."""
-    start = weight.matrix.start
-    return (start.rows + start.columns) * (weight.element_size() + ROUNDED.itemsize) // 2
-
-
-def _asked(weight: ImplicitWeight) -> int:
-    """Directions asked of a matrix so far, from both sides: a transposed weight is asked from the left."""
-    start = weight.matrix.start
-    return start.right_side.count + start.left_side.count
-
-
-@dataclass
-class _Run:
-    """One seed's training. ``before`` is what was asked of each matrix before the monitor was made."""
-
-    model: nn.Module
-    weights: Mapping[str, ImplicitWeight]
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[Any, Tensor], Tensor]
-    steps: int
-    before: Mapping[str, int]
-    monitor: FeatureMonitor | None
-
-    def train(self, inputs: Any, targets: Tensor, advance: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
-        """Output and loss before each step and after the last one."""
-        values = []
-        watched = {name: _asked(weight) for name, weight in self.weights.items()}
-        for step in range(self.steps + 1):
-            with torch.set_grad_enabled(step < self.steps):
-                output = self._output(inputs, step)
-                value = self.loss(output, targets)
-            if not bool(torch.isfinite(value)):
-                raise DivergenceError(f"the network diverged at step {step}: take a smaller learning rate")
-            values.append((main_output(output).detach().clone(), value.detach()))
-            if step == 0:
-                self._make_room(watched)
-            if self.monitor is not None:
-                self.monitor.record(step)
-            if step == self.steps:
-                break
-            self.optimizer.zero_grad()
-            value.backward()
-            self._step()
-            advance()
-        return values
-
-    def _output(self, inputs: Any, step: int) -> Any:
-        try:
-            return call(self.model, inputs)
-        except Exception as error:  # whatever the user's code raises
-            if step or isinstance(error, DepthMuPError):
-                raise
-            raise DepthMuPError(f"the model of this width fails on the inputs: {error}") from error
-
-    def _step(self) -> None:
-        try:
-            self.optimizer.step()
-        except DepthMuPError as error:
-            raise DepthMuPError(
-                f"{type(self.optimizer).__name__} cannot train a matrix that is never formed: {error}"
-            ) from error
-
-    def _make_room(self, watched: Mapping[str, int]) -> None:
-        """After the first forward pass: what all steps will ask of each matrix, against its size and the memory.
-
-        Before it, `dm.parametrize` or a monitor may have asked too; the monitor asks as much again at each step.
-        """
-        needed = largest = 0
-        for name, weight in self.weights.items():
-            start: GaussianMatrix = weight.matrix.start
-            asked_by_probe, rows = watched[name] - self.before[name], _asked(weight) - self.before[name]
-            rows = rows if self.monitor is None else max(rows - asked_by_probe, asked_by_probe // 2)
-            queries = watched[name] + (2 * self.steps + 1) * rows + self.steps * asked_by_probe
-            own = queries * _bytes(weight)
-            needed, largest = needed + own, max(largest, own)
-            asked = self.before[name] + (self.steps + 1) * (rows + asked_by_probe // 2)
-            least = min(start.rows, start.columns)
-            if asked >= least:
-                raise DepthMuPError(
-                    f"{name} of shape {tuple(weight.shape)} is multiplied by {rows} rows in a pass, and {self.steps} "
-                    f"steps need {asked} of its {least} directions: little would be left out, and the network is "
-                    "cheaper to train. Take fewer samples or steps, or a width at least "
-                    f"{math.ceil((asked + 1) / least)} times as large"
-                )
-        # A product by entries holds the gradients' rows of all steps, of one matrix at a time.
-        check_memory(
-            needed + largest, next(iter(self.weights.values())).device, "Take fewer samples or steps, or less width"
-        )
-        for name, weight in self.weights.items():
-            for side in (weight.matrix.start.right_side, weight.matrix.start.left_side):
-                side.reserve(side.count + self.steps * (_asked(weight) - watched[name]))

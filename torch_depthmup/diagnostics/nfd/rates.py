@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -80,24 +81,30 @@ def sweep(
     planned = _Planned(min(positive_integers("depths", depths)), inputs, optimizer)
     runs = []
     with bar("predicting", len(jobs), show=progress) as advance:
-        for job in jobs:
-            start = time.perf_counter()
-            loss = _loss(
-                lambda n, job=job: make(job.depth, n), inputs, targets, width=width, steps=steps, seeds=[job.seed],
-                optimizer=lambda model, job=job: planned.optimizer_of(model, job, named[job.rule]), **options,
+        for _, same in itertools.groupby(jobs, key=lambda job: (job.rule, job.depth, job.lr)):
+            group = list(same)
+            start, job = time.perf_counter(), group[0]
+            losses = _losses(
+                lambda n, job=job: make(job.depth, n), inputs, targets, width=width, steps=steps,
+                optimizer=lambda model, job=job: planned.optimizer_of(model, job, named[job.rule]),
+                seeds=[job.seed for job in group], **options,
             )  # fmt: skip
-            runs.append(Run(job, loss, time.perf_counter() - start))
-            advance()
+            seconds = (time.perf_counter() - start) / len(group)
+            for job, loss in zip(group, losses, strict=True):
+                runs.append(Run(job, loss, seconds))
+                advance()
     return Sweep(tuple(runs))
 
 
-def _loss(*args: Any, **options: Any) -> float:
-    """The last loss of a prediction, infinite where it diverged."""
+def _losses(*args: Any, seeds: Sequence[int], **options: Any) -> list[float]:
+    """The last loss of each seed's prediction, infinite where it diverged."""
     try:
-        first, *_, last = predict(*args, **options).losses[0].tolist()
+        losses = predict(*args, seeds=seeds, **options).losses
     except DivergenceError:
-        return math.inf
-    return math.inf if last > first else last
+        if len(seeds) == 1:
+            return [math.inf]
+        return [loss for seed in seeds for loss in _losses(*args, seeds=[seed], **options)]
+    return [math.inf if last > first else last for first, *_, last in losses.tolist()]
 
 
 @dataclass

@@ -111,11 +111,15 @@ def _check_width(setting: Setting, samples: int, points: int, width: int) -> Non
         )
 
 
-def check_memory(needed: int, device: torch.device, advice: str) -> None:
+class NoRoomError(DepthMuPError):
+    """The device has not the memory."""
+
+
+def check_memory(needed: float, device: torch.device, advice: str) -> None:
     """Refuses what the device has no memory for, before any of it is taken.
 
     Raises:
-        DepthMuPError: more than nine tenths of the memory is needed; the message ends with the advice.
+        NoRoomError: more than nine tenths of the memory is needed; the message ends with the advice.
     """
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -124,7 +128,7 @@ def check_memory(needed: int, device: torch.device, advice: str) -> None:
     else:
         return
     if needed > 0.9 * there:
-        raise DepthMuPError(
+        raise NoRoomError(
             f"the simulation would take {needed / 1e9:.1f} GB and there are {there / 1e9:.1f} GB. {advice}"
         )
 

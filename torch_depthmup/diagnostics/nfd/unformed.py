@@ -24,6 +24,7 @@ __all__ = ["Making", "Unformed"]
 aten = torch.ops.aten
 
 SAMPLE = 100_001  # entries of a shadow: the error of a standard deviation is 0.2 % where values are drawn by rejection
+FEW = 2_001  # entries that tell whether another model has the same law: 1.6 %
 VIEWS = {aten.detach, aten.alias, aten.view, aten.t, aten.t_, aten.transpose, aten.permute, aten.reshape,
          aten._unsafe_view, aten.unsqueeze, aten.squeeze}  # fmt: skip
 PARTS = {aten.slice, aten.select, aten.split, aten.narrow, aten.split_with_sizes, aten.diagonal, aten.expand}
@@ -36,14 +37,15 @@ MAKERS = {aten.empty, aten.zeros, aten.ones, aten.full, aten.randn, aten.rand}
 class _Draws:
     """Samples of laws: quantiles in random order, so that a standard deviation has no noise of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._generator = torch.Generator().manual_seed(0)
-        self._uniform = (torch.arange(SAMPLE, dtype=torch.float64) + 0.5) / SAMPLE
+        self._uniform = (torch.arange(size, dtype=torch.float64) + 0.5) / size
         normal = math.sqrt(2) * torch.erfinv(2 * self._uniform - 1)
         self._normal = normal / normal.square().mean().sqrt()
 
     def _shuffled(self, values: Tensor) -> Tensor:
-        return values[torch.randperm(SAMPLE, generator=self._generator)]
+        return values[torch.randperm(self.size, generator=self._generator)]
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * self._shuffled(self._uniform)
@@ -51,8 +53,11 @@ class _Draws:
     def normal(self, mean: float = 0.0, std: float = 1.0) -> Tensor:
         return mean + std * self._shuffled(self._normal)
 
+    def constant(self, value: float) -> Tensor:
+        return torch.full((self.size,), float(value), dtype=torch.float64)
 
-DRAWS = _Draws()
+
+MANY, SOME = _Draws(SAMPLE), _Draws(FEW)
 
 
 @dataclass(eq=False)
@@ -60,6 +65,7 @@ class _Law:
     """What views of one tensor share: a sample of its entries, or in words what made it unknown."""
 
     sample: Tensor | str
+    draws: _Draws
 
 
 class Unformed(Tensor):
@@ -98,7 +104,8 @@ class Unformed(Tensor):
         result = func(*shapes[0], **{k: v for k, v in shapes[1].items() if k not in ("device", "pin_memory")})
         if packet in VIEWS | PARTS and first is not None:
             return tree_map_only(Tensor, lambda t: cls.of(t, first.law, first.part or packet in PARTS), result)
-        sample = _sample(packet, func, args, kwargs)
+        draws = next(a for a in (*args, kwargs.get("out")) if isinstance(a, cls)).law.draws
+        sample = _sample(packet, func, args, kwargs, draws)
         if func._schema.is_mutable and isinstance(args[0], cls):
             args[0].law.sample = "values written to a part of it" if args[0].part else sample
             return args[0]
@@ -107,17 +114,17 @@ class Unformed(Tensor):
             return kwargs["out"]
         if func._schema.is_mutable:
             raise DepthMuPError(f"the factory copies entries of a hidden matrix into another tensor ({packet})")
-        return tree_map_only(Tensor, lambda t: cls.of(t, _Law(sample)), result)
+        return tree_map_only(Tensor, lambda t: cls.of(t, _Law(sample, draws)), result)
 
 
 def _without_values(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _sample(packet: Any, func: Any, args: tuple, kwargs: dict) -> Tensor | str:
+def _sample(packet: Any, func: Any, args: tuple, kwargs: dict, draws: _Draws) -> Tensor | str:
     """The sample after an operation, or what makes it unknown."""
     if packet in (aten.normal_, aten.uniform_):
-        draw = DRAWS.normal if packet is aten.normal_ else DRAWS.uniform
+        draw = draws.normal if packet is aten.normal_ else draws.uniform
         return draw(*args[1:], **{k: v for k, v in kwargs.items() if k != "generator"})
     if packet in NEW:
         return "no values at all"
@@ -140,7 +147,7 @@ def _sample(packet: Any, func: Any, args: tuple, kwargs: dict) -> Tensor | str:
     if packet is aten.copy_:
         return samples[1] if isinstance(samples[1], Tensor | str) else str(packet)
     if packet in (aten.zero_, aten.fill_):
-        return torch.full((SAMPLE,), float(samples[1]) if packet is aten.fill_ else 0.0, dtype=torch.float64)
+        return draws.constant(samples[1] if packet is aten.fill_ else 0.0)
     if packet in COPIES or torch.Tag.pointwise in func.tags:
         samples = [s.clone() if isinstance(s, Tensor) else s for s in samples]
         kept = {k: v for k, v in kwargs.items() if k in ("alpha", "value", "rounding_mode", "min", "max")}
@@ -150,11 +157,11 @@ def _sample(packet: Any, func: Any, args: tuple, kwargs: dict) -> Tensor | str:
 
 
 class Making(TorchDispatchMode):
-    """While it is entered, tensors of chosen shapes are `Unformed`."""
+    """While it is entered, tensors of chosen shapes are `Unformed`, with many entries in their shadows or some."""
 
-    def __init__(self, chosen: Callable[[tuple[int, ...]], bool]):
+    def __init__(self, chosen: Callable[[tuple[int, ...]], bool], *, many: bool = True):
         super().__init__()
-        self.chosen = chosen
+        self.chosen, self.draws = chosen, MANY if many else SOME
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         packet = func.overloadpacket
@@ -162,14 +169,14 @@ class Making(TorchDispatchMode):
         if not sized or not self.chosen(tuple(args[0])) or (kwargs or {}).get("dtype") in WHOLE:
             return func(*args, **(kwargs or {}))
         if packet in (aten.randn, aten.rand):
-            sample: Tensor | str = DRAWS.normal() if packet is aten.randn else DRAWS.uniform()
+            sample: Tensor | str = self.draws.normal() if packet is aten.randn else self.draws.uniform()
         elif packet is aten.empty:
             sample = "no values at all"
         else:
             value = {aten.zeros: 0.0, aten.ones: 1.0}.get(packet, args[-1])
-            sample = torch.full((SAMPLE,), float(value), dtype=torch.float64)
+            sample = self.draws.constant(value)
         dtype = (kwargs or {}).get("dtype") or torch.get_default_dtype()
-        return Unformed.of(torch.empty(args[0], dtype=dtype, device="meta"), _Law(sample))
+        return Unformed.of(torch.empty(args[0], dtype=dtype, device="meta"), _Law(sample, self.draws))
 
 
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
