@@ -354,6 +354,30 @@ def convmixer(depth: int) -> nn.Module:
     return ConvMixer(16, depth, kernel_size=3, patch_size=4, num_classes=10)
 
 
+class Plain(nn.Module):
+    """A residual block, and layers without a skip after it."""
+
+    def __init__(self, after: nn.Module):
+        super().__init__()
+        self.inside, self.after = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)), after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(x + self.inside(x))
+
+
+def with_a_plain_layer_after_each_block(depth: int) -> nn.Module:
+    blocks = (Plain(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())) for _ in range(depth))
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), *blocks)
+
+
+def with_two_blocks_before_each_plain_layer(depth: int) -> nn.Module:
+    pairs = (
+        nn.Sequential(Plain(nn.Identity()), Plain(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())))
+        for _ in range(depth)
+    )
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), *pairs)
+
+
 def densenet(depth: int) -> nn.Module:
     from timm.models.densenet import DenseNet
 
@@ -363,7 +387,9 @@ def densenet(depth: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (convmixer, "has 4 residual streams and the base 2: another family"),  # a layer without a skip ends each block
+        (convmixer, "4 residual streams and the base 2.*depth adds streams.*rule='mup'"),
+        (with_a_plain_layer_after_each_block, "4 residual streams and the base 2.*depth adds streams.*rule='mup'"),
+        (with_two_blocks_before_each_plain_layer, "4 residual streams and the base 2.*depth adds streams.*rule='mup'"),
         (densenet, "no residual branches that could be found.*rule='mup'"),  # concatenates
     ],
 )

@@ -80,6 +80,12 @@ def _counterparts(found: Trace, base: Trace, ours: list[Kinds], theirs: list[Kin
     inside, base_inside = _inside(found), _inside(base)
     tops = [j for j in range(len(theirs)) if j not in base_inside]
     if len(ours) - len(inside) != len(tops):
+        if len(ours) > len(theirs) and all(kinds in theirs for kinds in ours):
+            raise PlanError(
+                f"the model has {len(ours)} residual streams and the base {len(theirs)}, of the same branches: layers "
+                "without a skip end each stream, so that depth adds streams and makes none longer, and no rule is "
+                "known for that. Write rule='mup', which scales width alone"
+            )
         raise PlanError(
             f"the model has {len(ours)} residual streams and the base {len(theirs)}: another family. Build both with "
             "the same code, so that every stage has at least one residual block in the base"
