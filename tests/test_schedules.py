@@ -167,3 +167,71 @@ def test_a_pickled_optimizer_is_watched_too(model: Stack) -> None:
         group["lr"] = 0.1
     with pytest.warns(UserWarning, match="no longer in the planned ratio"):
         step(net, optimizer)
+
+
+def decayed(model: Stack) -> torch.optim.Optimizer:
+    """Matrices decay, vectors do not; of the matrices, inner and outer ones have different multipliers."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    return dm.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=0.1, weight_decay=0.04)
+
+
+def one_decay_for_all_that_decay(groups, i: int) -> None:
+    for group in groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = 0.04 + 0.1 * i
+
+
+def the_first_group_only(groups, i: int) -> None:
+    groups[0]["weight_decay"] = 0.04 + 0.1 * (i + 1)
+
+
+def by_a_list_of_the_users(groups, i: int) -> None:
+    for group, decay in zip(groups, [0.05] * len(groups), strict=True):
+        group["weight_decay"] = decay
+
+
+def by_a_factor(groups, i: int) -> None:
+    for group in groups:
+        group["weight_decay"] *= 1.1
+
+
+def over_the_rate(groups, i: int) -> None:
+    """Decay that does not follow the learning rate: lr * decay is the same everywhere."""
+    for group in groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = 1e-3 / group["lr"]
+
+
+def none_at_all(groups, i: int) -> None:
+    for group in groups[1:]:
+        group["weight_decay"] = 0.0
+
+
+@pytest.mark.parametrize("write", [one_decay_for_all_that_decay, the_first_group_only, by_a_list_of_the_users])
+def test_a_decay_that_is_written_without_multipliers_is_told_once(model: Stack, write) -> None:
+    optimizer = decayed(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(4):
+            write(optimizer.param_groups, i)
+            step(model, optimizer)
+    assert ["weight decays" in str(w.message) and "dm.unscaled(optimizer)" in str(w.message) for w in caught] == [True]
+
+
+@pytest.mark.parametrize("write", [by_a_factor, over_the_rate, none_at_all])
+def test_a_decay_that_keeps_its_ratios_is_told_nothing(model: Stack, write) -> None:
+    optimizer = decayed(model)
+    for i in range(4):
+        write(optimizer.param_groups, i)
+        step(model, optimizer)  # warnings are errors
+
+
+def test_a_decay_that_is_written_into_the_unscaled_groups_is_the_base_models(model: Stack) -> None:
+    optimizer = decayed(model)
+    for i in range(3):
+        one_decay_for_all_that_decay(dm.unscaled(optimizer).param_groups, i)
+        step(model, optimizer)  # warnings are errors
+        found = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["param_names"]}
+        decay = 0.04 + 0.1 * i
+        assert found["stem.weight"] == pytest.approx(decay) and found["stem.bias"] == 0
+        assert found["blocks.0.fc2.weight"] == pytest.approx(4 * decay)

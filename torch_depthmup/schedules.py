@@ -1,4 +1,4 @@
-"""Learning rates of scaled groups: read and written as those of the base model, and checked for being overwritten."""
+"""Learning rates and decays of scaled groups: read and written as the base model's, and checked for overwriting."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch_depthmup.errors import OptimizerError
 
 __all__ = ["overwritten", "per_group", "set_lr", "unscaled"]
 
-RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr")
-"""What schedulers keep in groups that is a learning rate."""
+MULTIPLIED = dict.fromkeys(("lr", "initial_lr", "max_lr", "min_lr", "base_lr"), "lr_multiplier") | dict.fromkeys(
+    ("weight_decay", "initial_weight_decay"), "weight_decay_multiplier"
+)
+"""What schedulers keep in groups that is a learning rate or a decay, and what it is multiplied by."""
 
 DRIFT = 0.01  # how far ratios of learning rates may move before they are taken to have been overwritten
 SAME = 1e-6
@@ -60,10 +62,10 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
 
 
 def unscaled(optimizer: Optimizer) -> Optimizer:
-    """The optimizer as a scheduler should see it: with the base model's learning rates in its groups.
+    """The optimizer as a scheduler should see it: with the base model's learning rates and decays in its groups.
 
     A scheduler made with it writes the base model's rates, floors and warm-up starts; the optimizer's own groups get
-    them times their lr multipliers. For schedulers that do not work by ratios, such as
+    them times their multipliers. For schedulers that do not work by ratios, such as
     ``CosineAnnealingLR(dm.unscaled(optimizer), 100, eta_min=1e-5)``. Train and save with the optimizer itself.
 
     Args:
@@ -93,18 +95,18 @@ def _write(group: dict[str, Any], key: str, value: float) -> None:
 
 
 class _UnscaledGroup(MutableMapping[str, Any]):
-    """A group whose learning rates are read and written without its multiplier."""
+    """A group whose learning rates and decays are read and written without its multipliers."""
 
     def __init__(self, group: dict[str, Any]):
         self.group = group
 
     def __getitem__(self, key: str) -> Any:
         value = self.group[key]
-        return float(value) / self.group["lr_multiplier"] if key in RATES else value
+        return value if key not in MULTIPLIED or value is None else float(value) / self.group[MULTIPLIED[key]]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in RATES:
-            _write(self.group, key, float(value) * self.group["lr_multiplier"])
+        if key in MULTIPLIED and value is not None:
+            _write(self.group, key, float(value) * self.group[MULTIPLIED[key]])
         else:
             self.group[key] = value
 
@@ -160,38 +162,41 @@ class _Unscaled(Optimizer):
 
 
 def overwritten(
-    groups: Sequence[dict[str, Any]], rates: Sequence[float], one_rate: bool, scheduled: bool
+    groups: Sequence[dict[str, Any]], values: Sequence[float], key: str, one_value: bool, scheduled: bool
 ) -> str | None:
-    """What is wrong where learning rates are no longer the base model's times their multipliers; None if nothing is.
+    """What is wrong where values are no longer the base model's times their multipliers; None if nothing is.
 
     Args:
         groups: an optimizer's, with multipliers.
-        rates: their learning rates as numbers.
-        one_rate: whether all groups were meant to have one and the same rate; then one in all of them says nothing.
+        values: their learning rates or weight decays as numbers. A decay of 0 is one of any group.
+        key: ``"lr"`` or ``"weight_decay"``.
+        one_value: whether all groups were meant to have one and the same value; then one in all of them says nothing.
         scheduled: whether a scheduler of torch's is attached.
     """
-    base = [
-        rate / group["lr_multiplier"] / group.get("lr_scale", 1.0) for group, rate in zip(groups, rates, strict=True)
-    ]
+    multipliers = [group[f"{key}_multiplier"] for group in groups]
+    scales = [group.get("lr_scale", 1.0) if key == "lr" else 1.0 for group in groups]
+    written = [value / scale for value, scale in zip(values, scales, strict=True)]
+    base = [value / multiplier for value, multiplier in zip(written, multipliers, strict=True)]
+    live = [i for i, value in enumerate(values) if value]
     first: dict[Any, int] = {}
-    for i, group in enumerate(groups):
-        j = first.setdefault(group.get("user_group", i), i)
+    for i in range(len(groups)) if key == "lr" else live:
+        j = first.setdefault(groups[i].get("user_group", i), i)
         if abs(base[i] - base[j]) > DRIFT * max(abs(base[i]), abs(base[j])):
-            return _told(j, i, groups, rates, scheduled)
-    live = [i for i, rate in enumerate(rates) if rate]
-    written = [rates[i] / groups[i].get("lr_scale", 1.0) for i in live]
-    multipliers = [groups[i]["lr_multiplier"] for i in live]
-    if one_rate or not live or max(multipliers) - min(multipliers) <= DRIFT * max(multipliers):
+            return _told(j, i, groups, values, key, scheduled)
+    factors = [multipliers[i] for i in live]
+    if one_value or not live or max(factors) - min(factors) <= DRIFT * max(factors):
         return None
-    if max(written) - min(written) <= SAME * max(written):
-        other = next(i for i in live if abs(groups[i]["lr_multiplier"] - multipliers[0]) > DRIFT * multipliers[0])
-        return _told(live[0], other, groups, rates, scheduled)
+    if max(written[i] for i in live) - min(written[i] for i in live) <= SAME * max(written[i] for i in live):
+        other = next(i for i in live if abs(multipliers[i] - factors[0]) > DRIFT * factors[0])
+        return _told(live[0], other, groups, values, key, scheduled)
     return None
 
 
-def _told(i: int, j: int, groups: Sequence[dict[str, Any]], rates: Sequence[float], scheduled: bool) -> str:
-    ratio = groups[i]["lr_multiplier"] / groups[j]["lr_multiplier"]
-    if scheduled:
+def _told(i: int, j: int, groups: Sequence[dict[str, Any]], values: Sequence[float], key: str, scheduled: bool) -> str:
+    ratio = groups[i][f"{key}_multiplier"] / groups[j][f"{key}_multiplier"]
+    if key == "weight_decay":
+        fix = "Write base values, into the groups of dm.unscaled(optimizer)"
+    elif scheduled:
         fix = (
             "Make the scheduler with dm.unscaled(optimizer) in place of the optimizer and with the base model's rates, "
             "floors and warm-up starts"
@@ -203,7 +208,8 @@ def _told(i: int, j: int, groups: Sequence[dict[str, Any]], rates: Sequence[floa
             "Write dm.set_lr(optimizer, lr) in place of a loop over param_groups, and make schedulers with "
             "dm.unscaled(optimizer)"
         )
+    name, short = ("learning rates", "rates") if key == "lr" else ("weight decays", "decays")
     return (
-        f"the learning rates of groups {i} and {j} are {rates[i]:.4g} and {rates[j]:.4g}, and no longer in the planned "
-        f"ratio {ratio:.4g}: something wrote rates without the lr multipliers. {fix}"
+        f"the {name} of groups {i} and {j} are {values[i]:.4g} and {values[j]:.4g}, and no longer in the planned "
+        f"ratio {ratio:.4g}: something wrote {short} without the {key} multipliers. {fix}"
     )

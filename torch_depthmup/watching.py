@@ -46,11 +46,10 @@ class _Watch:
         multipliers = [group.get("lr_multiplier") for group in groups]
         self.plain = all(m is None for m in multipliers)
         self.steps = 0
-        self.rates: list[float] = []
-        self.told_rates = self.plain
-        planned = _rates(groups, 0) or []
-        # Rates that are meant to be one and the same although the multipliers differ say nothing of overwriting.
-        self.one_rate = len(planned) > 1 and max(planned) - min(planned) <= SAME * max(planned)
+        self.values: dict[str, list[float]] = {}
+        self.told = dict.fromkeys(("lr", "weight_decay"), self.plain)
+        # Values that are meant to be one and the same although the multipliers differ say nothing of overwriting.
+        self.one_value = {key: _is_one(_values(groups, key, 0) or []) for key in self.told}
         self.clipping: tuple[ClippingNotice, ...] = ()
         params = [p for group in groups for p in group["params"]]
         if self.plain:
@@ -64,7 +63,7 @@ class _Watch:
                 UserWarning,
                 stacklevel=6,
             )
-            self.told_rates = True
+            self.told = dict.fromkeys(self.told, True)
         elif folded := [p for p, m in zip(params, folded_multipliers(params), strict=True) if m != 1.0]:
             self.clipping = ClippingNotice(), ClippingNotice()
             _WritingNotice(optimizer, folded)
@@ -74,9 +73,10 @@ class _Watch:
         if self.plain:
             return
         self.steps += 1
-        if not self.told_rates and (found := self._overwritten(optimizer)):
-            self.told_rates = True
-            warnings.warn(found, UserWarning, stacklevel=5)
+        for key, told in self.told.items():
+            if not told and (found := self._overwritten(optimizer, key)):
+                self.told[key] = True
+                warnings.warn(found, UserWarning, stacklevel=5)
         if self.clipping and ClippingNotice.looks_at(self.steps):
             self._look_for_clipping(optimizer)
 
@@ -90,18 +90,18 @@ class _Watch:
                 self.clipping = ()
                 return
 
-    def _overwritten(self, optimizer: Optimizer) -> str | None:
+    def _overwritten(self, optimizer: Optimizer, key: str) -> str | None:
         groups = optimizer.param_groups
         if len(groups) < len(self.groups) and all(any(group is known for known in self.groups) for group in groups):
             groups = self.groups  # DeepSpeed's ZeRO steps one group at a time
-        rates = _rates(groups, self.steps)
-        if rates is None or rates == self.rates:
+        values = _values(groups, key, self.steps)
+        if values is None or values == self.values.get(key):
             return None
-        self.rates = rates
-        if any("lr_multiplier" not in group for group in groups):
+        self.values[key] = values
+        if any(f"{key}_multiplier" not in group for group in groups):
             return None
         scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-        return overwritten(groups, rates, self.one_rate, scheduled)
+        return overwritten(groups, values, key, self.one_value[key], scheduled)
 
 
 class _WritingNotice:
@@ -152,17 +152,23 @@ class _WritingNotice:
             self.left = self.weight._version, self.weight.data_ptr(), self.weight.detach().clone()
 
 
-def _rates(groups: list[dict[str, Any]], steps: int) -> list[float] | None:
-    """The learning rates as numbers; those that wait for a device only now and then."""
-    rates = []
+def _values(groups: list[dict[str, Any]], key: str, steps: int) -> list[float] | None:
+    """The learning rates, or decays, as numbers; those that wait for a device only now and then."""
+    values = []
     for group in groups:
-        rate = group.get("lr")
-        if isinstance(rate, Tensor) and (rate.is_meta or (rate.device.type != "cpu" and steps & (steps - 1))):
+        value = group.get(key)
+        if isinstance(value, Tensor) and (value.is_meta or (value.device.type != "cpu" and steps & (steps - 1))):
             return None
-        if not isinstance(rate, Tensor | float | int):
+        if not isinstance(value, Tensor | float | int):
             return None
-        rates.append(float(rate))
-    return rates
+        values.append(float(value))
+    return values
+
+
+def _is_one(values: list[float]) -> bool:
+    """Whether several values are the same, but for rounding. Zeros say nothing: no decay is none in every group."""
+    live = [value for value in values if value]
+    return len(live) > 1 and max(live) - min(live) <= SAME * max(live)
 
 
 def _warn_if_plain(optimizer: Optimizer, params: list[Tensor]) -> None:
