@@ -33,7 +33,7 @@ def with_factors(
     attention scores is a matter of the size of heads, where that differs from the base's.
 
     Raises:
-        PlanError: a parameter is used in several places that multiply it differently from the base.
+        PlanError: a parameter is used in several places that multiply it differently from the base, or its parts are.
     """
     names = {normalise_name(name): name for name in base_names}
     others = counterparts([entry.name for entry in entries], names)
