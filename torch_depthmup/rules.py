@@ -340,12 +340,15 @@ class Width:
         summed: index of the width that the parameter's operation sums over (the fan-in of a hidden or readout weight);
             ``None`` where it sums over none, as an embedding, a bias or a gain.
         normalised: whether a norm follows the operation, so that the size of the weight does not matter.
+        unnormalised: of a weight that makes several values, the rows (of the dimension that is no width) whose values
+            no norm follows, as (start, end), where one follows the others.
     """
 
     dims: tuple[int, ...]
     base: tuple[int | None, ...]
     summed: int | None = None
     normalised: bool = False
+    unnormalised: tuple[tuple[int, int], ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -385,6 +388,17 @@ class Width:
         Source: arXiv 2203.03466, table 8.
         """
         return -0.5 if self.kind == "hidden" else 0.0
+
+    @property
+    def unnormalised_factor(self) -> float:
+        """How much smaller the rows start that no norm follows: they are a readout's, the others a hidden weight's.
+
+        The rates of both are the same, lr / width_mult for SGD and Adam, once a readout's multiplier is folded into
+        it. So they may stand in one weight.
+
+        Source: arXiv 2203.03466, table 8.
+        """
+        return readout_multiplier(self.multiplier) / self.multiplier**self.size_exponent if self.unnormalised else 1.0
 
 
 def width_multipliers(rule: Rule, family: Family, width: Width | None, *, adjust_lr: str | None = None) -> Multipliers:

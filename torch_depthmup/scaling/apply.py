@@ -19,7 +19,7 @@ from torch_depthmup.scaling.freshness import warn_if_trained
 from torch_depthmup.scaling.hooks import hang, take_off
 from torch_depthmup.scaling.materialising import initialized
 from torch_depthmup.scaling.measuring import check_carried_out
-from torch_depthmup.scaling.plan import How, Plan
+from torch_depthmup.scaling.plan import How, Plan, PlannedParameter
 from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
 from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
 from torch_depthmup.scaling.verify import filled
@@ -147,7 +147,7 @@ def attach(model: nn.Module, plan: Plan, *, rates_only: bool = False) -> Plan:
     model = _checked(model, _is_plan(plan).how)
     _refuse_another_plan(model, plan)
     if rates_only:
-        plain = tuple(replace(entry, folded=1 / entry.present, scale=1.0) for entry in plan.entries)
+        plain = tuple(replace(entry, folded=1 / entry.present, scale=1.0, rows_scale=1.0) for entry in plan.entries)
         plan = replace(plan, entries=plain, hooks=())
     hang(model, plan.hooks)
     Handle.attach(model, plan, False)
@@ -212,7 +212,9 @@ def _carry_out(model: nn.Module, plan: Plan, seen: Seen | None) -> None:
     carriers = {name: p.supplied for p in plan.planned_branches for name in p.branch.carrier if plan.how == "fold"}
     scales = {e.name: 1.0 if e.scale is None else e.scale for e in plan.entries}
     touched = {
-        name: parameters[normalise_name(name)] for name, scale in scales.items() if scale != 1.0 or name in carriers
+        e.name: parameters[normalise_name(e.name)]
+        for e in plan.entries
+        if scales[e.name] != 1.0 or e.rows_scale != 1.0 or e.name in carriers
     }
     has_widths = any(entry.width is not None for entry in plan.entries)
     set_shapes = has_widths and widths.from_base_shapes(model) is None
@@ -228,8 +230,9 @@ def _carry_out(model: nn.Module, plan: Plan, seen: Seen | None) -> None:
                 check_carried_out(model, plan, seen, {name: (touched[name], m) for name, m in carriers.items()})
             for name, value in unscaled.items():
                 touched[name].copy_(value)
-        for name, parameter in touched.items():
-            parameter.mul_(scales[name])
+        for entry in plan.entries:
+            if entry.name in touched:
+                touched[entry.name].mul_(scales[entry.name] * _rows(touched[entry.name], entry))
         hang(model, plan.hooks)
         Handle.attach(model, plan, set_shapes)
 
@@ -248,6 +251,20 @@ def _restored_on_error(model: nn.Module, parameters: Mapping[str, Tensor]) -> It
         if not had_shapes:
             widths.clear_shapes(model)
         raise
+
+
+def _rows(parameter: Tensor, entry: PlannedParameter) -> Tensor | float:
+    """The factors on rows: one for all where no part of the parameter differs."""
+    width = entry.width
+    if entry.rows_scale == 1.0 or width is None or width.summed is None:
+        return 1.0
+    kept = 1 - width.summed
+    rows = torch.ones(width.dims[kept], device=parameter.device)
+    for start, end in width.unnormalised:
+        rows[start:end] = entry.rows_scale
+    rows = rows.reshape([-1 if dim == kept else 1 for dim in range(parameter.ndim)])
+    sharded: Any = parameter.data
+    return type(sharded).from_local(rows, sharded.device_mesh) if hasattr(sharded, "device_mesh") else rows
 
 
 def _widest(parameter: Tensor) -> torch.dtype:
@@ -280,9 +297,9 @@ def undo(model: nn.Module) -> None:
     with torch.no_grad():
         for entry in handle.plan.entries:
             parameter = parameters[entry.name]
-            if entry.scale is not None and entry.scale != 1.0:
+            if entry.scale is not None and (entry.scale, entry.rows_scale) != (1.0, 1.0):
                 wide = parameter.to(_widest(parameter))
-                parameter.copy_(wide / entry.scale)
+                parameter.copy_(wide / entry.scale / _rows(parameter, entry))
     if handle.set_shapes:
         widths.clear_shapes(owner)
     take_off(owner)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch_depthmup.errors import PlanError
+from torch_depthmup.rules import Width
 from torch_depthmup.running import normalise_name
 from torch_depthmup.scaling.matching import Counterpart, counterparts
 from torch_depthmup.scaling.plan import PlannedParameter
@@ -32,7 +33,7 @@ def with_factors(
     attention scores is a matter of the size of heads, where that differs from the base's.
 
     Raises:
-        PlanError: a parameter is used in several places that multiply it differently from the base.
+        PlanError: a parameter is used in several places that multiply it differently from the base, or its parts are.
     """
     names = {normalise_name(name): name for name in base_names}
     others = counterparts([entry.name for entry in entries], names)
@@ -44,6 +45,8 @@ def with_factors(
             pair = found.uses.get(entry.name, ()), base_found.uses.get(names[other.name], ())
             kept = [_factors(entry, uses, is_resized=entry.name in resized) for uses in pair]
             ratio = _ratio(entry.name, *kept)
+            if entry.width.unnormalised and entry.name not in resized:
+                _refuse_unlike_parts(entry.name, entry.width, *pair)
             if math.isnan(ratio):
                 unseen.append(entry.name)
             elif abs(ratio - 1) > ALIKE:
@@ -73,6 +76,25 @@ def _ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> float:
         f"{name} is used in several places that multiply it by {both[0]}, in the base by {both[1]}, so that no "
         "one size and learning rate is right. Multiply it alike everywhere, or keep the base as wide as the model here"
     )
+
+
+def _refuse_unlike_parts(name: str, width: Width, ours: Sequence[Use], theirs: Sequence[Use]) -> None:
+    """Refuses a weight one part of which is multiplied by a number that goes with the width: it needs its own rate."""
+    groups = [_different(f for use in uses for f in use.unnormalised.factors) for uses in (ours, theirs)]
+    is_alike = len(groups[0]) == len(groups[1]) and all(map(_is_close, *groups))
+    if is_alike or any(map(math.isnan, (*groups[0], *groups[1]))):
+        return
+    both = [", ".join(f"{factor:.4g}" for factor in group) for group in groups]
+    rows = ", ".join(f"{start} to {end - 1}" for start, end in width.unnormalised)
+    raise PlanError(
+        f"what rows {rows} of {name} make is multiplied by {both[0]}, in the base by {both[1]}, and a norm follows "
+        "what the other rows make, so that no one learning rate is right for both. Give these rows a weight of their "
+        "own, or take the number out"
+    )
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=ALIKE)
 
 
 def _factors(entry: PlannedParameter, uses: Sequence[Use], *, is_resized: bool) -> list[float]:

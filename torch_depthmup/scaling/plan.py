@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -143,6 +144,7 @@ class PlannedParameter:
         scale_reason: the factor on its value in words; empty where that is 1.
         present: what the forward pass multiplies it with, relative to the base, as in ``W @ x / sqrt(width)``. Its
             value contains the inverse, which is a part of ``folded``.
+        rows_scale: a further factor at initialization on the rows that ``width.unnormalised`` says.
     """
 
     name: str
@@ -157,6 +159,16 @@ class PlannedParameter:
     kind: str = ""
     scale_reason: str = ""
     present: float = 1.0
+    rows_scale: float = 1.0
+
+    @property
+    def size_factor(self) -> float:
+        """The factor on its value's size at initialization, if all its rows are drawn alike."""
+        scale = 1.0 if self.scale is None else self.scale
+        if self.rows_scale == 1.0 or self.width is None or self.width.summed is None:
+            return scale
+        rows = sum(end - start for start, end in self.width.unnormalised) / self.width.dims[1 - self.width.summed]
+        return scale * math.sqrt(1 - rows + rows * self.rows_scale**2)
 
 
 @dataclass(frozen=True)
@@ -254,6 +266,9 @@ class Plan:
         elif entry.scale != 1.0 or entry.scale_reason:
             reason = f": {entry.scale_reason}" if entry.scale_reason else ""
             lines.append(f"  its value at initialization is multiplied by {entry.scale:.6g}{reason}")
+        if entry.rows_scale != 1.0 and entry.width is not None:
+            rows = ", ".join(f"{start} to {end - 1}" for start, end in entry.width.unnormalised)
+            lines.append(f"  its rows {rows}, which no norm follows, read out of a width: {entry.rows_scale:.6g} more")
         if entry.present != 1.0:
             lines.append(f"  the forward pass multiplies it by {entry.present:.6g}, relative to the base")
         if entry.folded != 1.0:
@@ -312,7 +327,8 @@ def _planned_branch(data: dict[str, Any]) -> PlannedBranch:
 def _planned_parameter(data: dict[str, Any]) -> PlannedParameter:
     width, initial = data["width"], data["initial"]
     if width is not None:
-        width = Width(**{**width, "dims": tuple(width["dims"]), "base": tuple(width["base"])})
+        rows = tuple(map(tuple, width.get("unnormalised", ())))
+        width = Width(**{**width, "dims": tuple(width["dims"]), "base": tuple(width["base"]), "unnormalised": rows})
     return PlannedParameter(**{**data, "width": width, "initial": initial and InitialSize(**initial)})
 
 
@@ -356,6 +372,8 @@ def parameter_rows(plan: Plan) -> Table:
     rows = {}
     for entry in plan.entries:
         value = "at apply" if entry.scale is None else f"{entry.scale:.4g}"
+        if entry.scale is not None and entry.rows_scale != 1.0:
+            value += f", {entry.scale * entry.rows_scale:.4g}"
         try:
             sgd, adam, adamw = (plan.multipliers(entry.name, family) for family in ("sgd", "adam", "adamw"))
             numbers = (sgd.lr, sgd.weight_decay, adam.lr, adamw.weight_decay, adam.eps)

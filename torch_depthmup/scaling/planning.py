@@ -476,8 +476,13 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
         width, depth = corrections.get(original or entry.name, (1.0, 1.0))
         if original is None and entry.name not in trained:
             width = depth = 1.0
+        rows = 1.0 if entry.width is None else entry.width.unnormalised_factor
+        if original is None and entry.name not in trained:
+            rows = 1.0
         if keep and abs(width * depth - 1) > NOTABLE:
             kept.append(f"{entry.name} ({1 / (width * depth):.3g} times its size)")
+        elif keep and abs(rows - 1) > NOTABLE:
+            kept.append(f"{entry.name} (its rows that no norm follows {1 / rows:.3g} times their size)")
         factor = 1.0 if keep else width * depth
         multiplier = entry.folded * entry.present  # the rest of what is folded, the value contains already
         scale = multiplier * factor
@@ -487,7 +492,8 @@ def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
         if multiplier != 1:
             reason.append(f"{multiplier:.4g} is a forward multiplier")
         scale = 1.0 if abs(scale - 1) < 1e-9 else scale
-        entries.append(replace(entry, scale=scale, scale_reason=", ".join(reason)))
+        rows = 1.0 if keep else rows
+        entries.append(replace(entry, scale=scale, scale_reason=", ".join(reason), rows_scale=rows))
     if kept:
         warnings.warn(
             f"initialization='keep' leaves {len(kept)} parameters at sizes that the rule does not give, beside the "

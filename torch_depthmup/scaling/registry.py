@@ -281,7 +281,7 @@ def warn_if_rewritten(parameters: Iterable[Tensor]) -> None:
         if load_count(owner):
             told, message = (list(ratios) if _lack_the_factors(plan, ratios) else []), LOADED
         else:
-            told, message = [name for name in ratios if plan[name].scale != 1.0], WRITTEN
+            told, message = [name for name in ratios if plan[name].size_factor != 1.0], WRITTEN
             told = [name for name in told if abs(ratios[name] - 1) > _chance(owner.get_parameter(name))]
         if told:
             warnings.warn(message.format(told[0], ratios[told[0]]), UserWarning, stacklevel=6)
@@ -357,7 +357,7 @@ def _unscaled_sizes(plan: Plan) -> dict[str, float]:
     sizes = {}
     if plan.how == "wrap":
         sizes = {name: planned.supplied for planned in plan.planned_branches for name in planned.branch.carrier}
-    sizes |= {entry.name: 1 / entry.scale for entry in plan.entries if entry.scale not in (None, 0.0, 1.0)}
+    sizes |= {entry.name: 1 / entry.size_factor for entry in plan.entries if entry.size_factor not in (0.0, 1.0)}
     return {name: size for name, size in sizes.items() if size != 1.0}
 
 

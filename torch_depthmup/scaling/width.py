@@ -18,6 +18,7 @@ from torch_depthmup.running import normalise_name
 from torch_depthmup.scaling.matching import Counterpart, are_as_wide, counterparts
 from torch_depthmup.tracing.branches import Trace
 from torch_depthmup.tracing.operations import Kind
+from torch_depthmup.tracing.parts import Ranges, ranges_of
 from torch_depthmup.tracing.uses import Use
 
 __all__ = ["clear_shapes", "from_base_shapes", "match", "mup_readouts", "set_shapes", "shaped"]
@@ -87,10 +88,22 @@ def match(model: nn.Module, base: nn.Module, found: Trace, base_found: Trace) ->
                 "another shape. Give the base at least one more block in this stage"
             )
         summed = _summed(name, (dims, base_dims), wide, uses) if wide else None
-        normalised = all(use.is_normalised for use in uses[0] if use.is_weight_operation)
         bases = tuple(b if i in wide else None for i, b in enumerate(base_dims))
-        widths[name] = Width(dims, bases, summed, normalised and summed is not None)
+        plain = None if summed is None or len(wide) > 1 else _unnormalised(dims, summed, uses[0])
+        widths[name] = Width(dims, bases, summed, plain is not None, plain or ())
     return widths
+
+
+def _unnormalised(dims: Shape, summed: int, uses: Sequence[Use]) -> Ranges | None:
+    """The rows of a weight whose values no norm follows; ``None`` where it follows no row, or that cannot be told."""
+    operations = [use for use in uses if use.is_weight_operation]
+    known = [use.unnormalised.rows for use in operations if use.unnormalised.rows is not None]
+    if not any(known) and len(known) == len(operations):
+        return ()
+    if len(known) < len(operations) or len(dims) != 2 and operations[0].kind is not Kind.CONVOLUTION:
+        return None
+    found = ranges_of(row for ranges in known for start, end in ranges for row in range(start, end))
+    return found if sum(end - start for start, end in found) < dims[1 - summed] else None
 
 
 def _counts_blocks(dim: int, base_dim: int, uses: int, base_uses: int) -> bool:

@@ -33,6 +33,12 @@ class Factors:
             return 1.0
         return self._on_parameter(operand, name) * self._inside(node, operand) * self.after(node)[0]
 
+    def number(self, node: int) -> float:
+        """The constant that a node multiplies its one operand with, else 1."""
+        found = self.graph.nodes[node]
+        alone = found.kind.is_product and sum(j >= 0 for j in found.inputs) == 1
+        return found.factor if alone and (found.kind is Kind.MULTIPLY or found.inputs[0] >= 0) else 1.0
+
     def _is_made_by_weights(self, operand: int) -> bool:
         """Whether a product of weights is on the way to an operand, as for a query that is a parameter."""
         pending = [operand]
@@ -59,7 +65,7 @@ class Factors:
             if not below or not (node.kind.is_sum or node.kind is Kind.LINEAR or self._is_passed(i)):
                 factors.add(factor)
             else:
-                pending += [(j, factor * self._number(i)) for j in below]
+                pending += [(j, factor * self.number(i)) for j in below]
         return factors.pop() if len(factors) == 1 else 1.0
 
     def _inside(self, node: int, operand: int) -> float:
@@ -68,7 +74,7 @@ class Factors:
         if self.is_bias(node, operand):
             return 1.0
         number = found.factor if found.kind is Kind.MATRIX_PRODUCT else 1.0
-        return number * math.prod(self._number(i) for i in self.before.get(node, ()))
+        return number * math.prod(self.number(i) for i in self.before.get(node, ()))
 
     def after(self, node: int) -> tuple[float, bool]:
         """The product of the numbers behind an operation, as long as one thing takes the value; whether scores do."""
@@ -80,14 +86,8 @@ class Factors:
                 return factor, True
             if found.is_weight_operation or not found.keeps_positive_factors or len(graph.data_inputs(node)) != 1:
                 break
-            factor *= 1.0 if node in self.taken else self._number(node)
+            factor *= 1.0 if node in self.taken else self.number(node)
         return factor, False
-
-    def _number(self, node: int) -> float:
-        """The constant that a node multiplies its one operand with, else 1."""
-        found = self.graph.nodes[node]
-        alone = found.kind.is_product and sum(j >= 0 for j in found.inputs) == 1
-        return found.factor if alone and (found.kind is Kind.MULTIPLY or found.inputs[0] >= 0) else 1.0
 
     def _before(self, node: int) -> frozenset[int]:
         """The multiplications that lead to an operation, of values that nothing but weight operations takes."""

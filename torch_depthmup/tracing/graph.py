@@ -18,6 +18,7 @@ from torch_depthmup.running import is_sharded, quiet, tensors_in, trial
 from torch_depthmup.tracing.numbers import alpha_of, factor_of, power_of
 from torch_depthmup.tracing.operations import Kind, Number, kind_of, kind_of_write
 from torch_depthmup.tracing.recorder import Edge, Recorder, producer
+from torch_depthmup.tracing.views import View, signed, view_of
 
 __all__ = ["Addition", "Graph", "Node", "record"]
 
@@ -55,6 +56,7 @@ class Node:
         power: the power of a positive factor of its data that its value gets, 1 for what is linear and 2 for a square;
             NaN where there is none. Of a product or quotient of two data it is each one's.
         alpha: what a sum multiplies its second operand with.
+        view: the view of its operand that it is, if it is one.
     """
 
     kind: Kind
@@ -72,6 +74,7 @@ class Node:
     factor: float = 1.0
     power: float = math.nan
     alpha: float = 1.0
+    view: View | None = None
 
     @property
     def keeps_positive_factors(self) -> bool:
@@ -300,12 +303,12 @@ def _stacked(autograd_node: Any) -> Any:
     if len(dims) != 1 or autograd_node._saved_keepdim:
         return None
     ndim = len(autograd_node._input_metadata[0].shape) + 1
-    dim = dims[0] % ndim
+    dim = signed(dims[0]) % ndim
     if type(before).__name__ == "PermuteBackward0":
-        dim, before = before._saved_dims[dim] % ndim, before.next_functions[0][0]
+        dim, before = signed(before._saved_dims[dim]) % ndim, before.next_functions[0][0]
     if type(before).__name__ != "StackBackward0" or len(before.next_functions) != 2:
         return None
-    return before if dim == before._saved_dim % ndim else None
+    return before if dim == signed(before._saved_dim) % ndim else None
 
 
 def _node(
@@ -338,11 +341,12 @@ def _node(
         is_linear_in_weights=not is_data and (bool(name) or _is_linear_in_weights(kind, inputs, present)),
         is_weight_operation=is_data and kind.can_hold_weights and any(ndims[weight] >= 2 for weight in weights),
         is_scalar=bool(shapes) and not any(shapes),
-        shape=shapes[0] if shapes else (),
+        shape=_shape_of(edge),
         function=_function(type(autograd_node).__name__) if kind is Kind.CUSTOM else "",
         factor=factor_of(kind, autograd_node),
         alpha=alpha_of(autograd_node),
         power=power_of(kind, autograd_node),
+        view=view_of(autograd_node, edge[1]) if kind is Kind.VIEW else None,
     )
 
 
@@ -372,6 +376,13 @@ def _is_linear_in_weights(kind: Kind, inputs: tuple[int, ...], operands: Sequenc
 def _shapes(autograd_node: Any) -> list[tuple[int, ...]]:
     """The shapes of what a node gives, as far as they are known."""
     return [_shape(m) for m in getattr(autograd_node, "_input_metadata", None) or () if m is not None]
+
+
+def _shape_of(edge: Edge) -> tuple[int, ...]:
+    """The shape of one of the values that a node gives, or of the first that is known."""
+    given = getattr(edge[0], "_input_metadata", None) or ()
+    own = given[edge[1]] if edge[1] < len(given) else None
+    return _shape(own) if own is not None else next(iter(_shapes(edge[0])), ())
 
 
 def _shape(metadata: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch_depthmup.tracing.factors import Factors
 from torch_depthmup.tracing.graph import Graph
 from torch_depthmup.tracing.norms import is_divided_by_its_size
 from torch_depthmup.tracing.operations import Kind
+from torch_depthmup.tracing.parts import Part, unnormalised_part
 
 __all__ = ["Use", "skip_parameters", "trunk_parameters", "uses_of"]
 
@@ -25,7 +26,8 @@ class Use:
         is_weight_operation: whether it is a matrix product, a convolution or the like, and the parameter no bias of it.
         is_direct: whether it takes the parameter itself, at most viewed, or something computed from it.
         is_last: whether no weight operation follows.
-        is_normalised: whether its value goes through a norm, fused or written out, before anything that is not linear.
+        unnormalised: the rows of the parameter of which no norm, fused or written out, follows the product before
+            anything that is not linear; none where one follows all of it.
         factor: the product of the numbers that the parameter, the data or the value are multiplied with around it, as
             far as no other operation has a share in them.
         scores_factor: what of ``factor`` stands behind it on the way to attention scores.
@@ -40,7 +42,7 @@ class Use:
     is_weight_operation: bool
     is_direct: bool
     is_last: bool
-    is_normalised: bool
+    unnormalised: Part
     factor: float
     scores_factor: float
     modules: tuple[tuple[str, int], ...]
@@ -76,7 +78,7 @@ def uses_of(graph: Graph) -> dict[str, tuple[Use, ...]]:
                     is_weight_operation=node.is_weight_operation and not factors.is_bias(i, j),
                     is_direct=graph.nodes[j].is_direct,
                     is_last=i in last,
-                    is_normalised=is_normalised,
+                    unnormalised=Part(()) if is_normalised else unnormalised_part(factors, i, j),
                     factor=factors.of_use(i, j, name),
                     scores_factor=after if is_scored else 1.0,
                     modules=modules,
