@@ -285,3 +285,33 @@ def test_a_base_on_meta_has_no_sizes_to_compare_with_unless_it_is_told_how_to_st
 def plain(depth: int, width: int) -> nn.Sequential:
     body = [Branches(width, 1.0) for _ in range(depth)]
     return nn.Sequential(nn.Linear(8, width), *body, nn.Linear(width, 3))
+
+
+def zeroed(model: nn.Module, ends: str) -> nn.Module:
+    """With zeros in the parameters whose names end so."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(ends):
+            nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("ends", ["a.3.weight", "f.0.weight", "f.1.bias"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_zeros_in_one_of_model_and_base_are_told(ends: str, width: int) -> None:
+    x = torch.randn(4, 8)
+
+    def plan(ours: str, theirs: str, told: int) -> dm.Plan:
+        model, base = zeroed(network(8, width), ours), zeroed(network(2, 32), theirs)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            plan = dm.parametrize(model, base=base, example_inputs=x, rule="depth-mup")
+        messages = [str(warning.message) for warning in seen]
+        assert len(messages) == told and all("start at zero here and not in the base" in m for m in messages), messages
+        return plan
+
+    alike = plan(ends, ends, 0)
+    for ours, theirs in ((ends, "none"), ("none", ends)):
+        unlike = plan(ours, theirs, 1)
+        assert [(b.multiplier, b.forward) for b in unlike.planned_branches] == [
+            (b.multiplier, 1.0) for b in alike.planned_branches
+        ]

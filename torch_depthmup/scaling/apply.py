@@ -20,8 +20,9 @@ from torch_depthmup.scaling.hooks import hang, take_off
 from torch_depthmup.scaling.materialising import initialized
 from torch_depthmup.scaling.measuring import check_carried_out
 from torch_depthmup.scaling.plan import How, Plan, PlannedParameter
-from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan, resolve
+from torch_depthmup.scaling.planning import Initialization, Seen, look, make_plan
 from torch_depthmup.scaling.registry import ATTRIBUTE, Handle, forget, owner_of, refuse_shared_with_others
+from torch_depthmup.scaling.sizes import resolve
 from torch_depthmup.scaling.verify import filled
 from torch_depthmup.tracing.branches import Pattern
 

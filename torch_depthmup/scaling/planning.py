@@ -18,27 +18,21 @@ from torch_depthmup.scaling import width as widths
 from torch_depthmup.scaling.copies import copied, find_copies, scaled_as_originals
 from torch_depthmup.scaling.factors import seen_powers, with_factors
 from torch_depthmup.scaling.heads import with_head_sizes
-from torch_depthmup.scaling.initialization import (
-    correction,
-    default_bounds,
-    forward_factor,
-    initial_size,
-    relative_sizes,
-)
+from torch_depthmup.scaling.initialization import default_bounds, forward_factor, initial_size, relative_sizes
 from torch_depthmup.scaling.matching import counterparts
 from torch_depthmup.scaling.materialising import initialized, warn_without_sizes
 from torch_depthmup.scaling.plan import Copy, How, InitialSize, Plan, PlannedBranch, PlannedParameter, Stream
 from torch_depthmup.scaling.readouts import missing_powers, refuse_computed, with_readouts
+from torch_depthmup.scaling.sizes import corrections, current_sizes, resolve, unlike_zeros
 from torch_depthmup.scaling.streams import are_alike, match_streams, streams_at
 from torch_depthmup.tracing.branches import Branch, Pattern, Side, Trace, roles, trace
 from torch_depthmup.tracing.census import check_census, check_parts
 from torch_depthmup.tracing.streams import Numbers
 
-__all__ = ["Initialization", "Seen", "look", "make_plan", "plan", "resolve"]
+__all__ = ["Initialization", "Seen", "look", "make_plan", "plan"]
 
 Initialization = Literal["base", "keep"]
 FROZEN = "; frozen: its initial size is left alone"
-NOTABLE = 0.05  # relative distance from its size at which "keep" warns
 
 
 @dataclass(frozen=True)
@@ -237,7 +231,10 @@ def _missing_powers(seen: Seen, base: Seen | None, entries: Sequence[PlannedPara
     if not (seen.has_values and base.has_values):
         refuse_computed(seen.found, entries)
         return powers
-    factors = {name: width * depth for name, (width, depth) in _corrections(entries, seen.model).items()}
+    factors = {
+        name: width * depth
+        for name, (width, depth) in corrections(entries, seen.model, current_sizes(entries, seen.model)).items()
+    }
     with widths.shaped(seen.model), widths.shaped(base.model):
         pair = (seen.model, seen.inputs), (base.model, base.inputs)
         return missing_powers(*pair, seen.found, base.found, entries, factors, powers)
@@ -372,7 +369,8 @@ def _what_is_there(
     streams: Sequence[Stream],
 ) -> tuple[PlannedBranch, ...]:
     """The branches with the factors that their initialization and the forward pass have already, kind by kind."""
-    corrections = _corrections(entries, seen.model)
+    now = current_sizes(entries, seen.model)
+    lacking = corrections(entries, seen.model, now)
     kind_of = {entry.name: entry.kind for entry in entries}
     base_kinds = {
         normalise_name(o.name): o.kind
@@ -382,7 +380,7 @@ def _what_is_there(
     ours = [_kind(b, kind_of, seen.found) for b in seen.found.branches]
     its_kinds = {name: base_kinds.get(normalise_name(name), "") for b in base.found.branches for name in _inside(b)}
     theirs = [_kind(b, its_kinds, base.found) for b in base.found.branches]
-    scales = {name: width * depth for name, (width, depth) in corrections.items()}
+    scales = {name: width * depth for name, (width, depth) in lacking.items()}
     sizes: list[dict[int, float]] = [{}, {}]
     if seen.has_values and base.has_values and any(branch.multiplier != 1 for branch in planned):
         with widths.shaped(seen.model), widths.shaped(base.model):
@@ -390,6 +388,8 @@ def _what_is_there(
                 relative_sizes(seen.model, seen.inputs, seen.found, scales),
                 relative_sizes(base.model, base.inputs, base.found),
             ]
+    unlike = set(unlike_zeros(entries, now))  # a branch that holds one is not of the base's size for its own reason
+    sizes[0] = {j: size for j, size in sizes[0].items() if unlike.isdisjoint(_inside(seen.found.branches[j]))}
     # Where the sizes of weights make up for numbers that multiply their product, none of those are left on the branch.
     made_up_for = {e.name for e in entries if e.present != 1}
     settled = {k for k, b in zip(ours, seen.found.branches, strict=True) if not made_up_for.isdisjoint(b.outer)}
@@ -401,8 +401,8 @@ def _what_is_there(
     unclear: list[str] = []
     for i, branch in enumerate(planned):
         ratio = streams[branch.branch.stream].depth_multiplier
-        weights = [name for name in branch.branch.carrier if corrections.get(name, (1.0, 1.0))[1] != 1.0]
-        initial = 1 / corrections[weights[0]][1] if weights else 1.0
+        weights = [name for name in branch.branch.carrier if lacking.get(name, (1.0, 1.0))[1] != 1.0]
+        initial = 1 / lacking[weights[0]][1] if weights else 1.0
         mine, its = (
             [(number, known.get(j)) for j, number in enumerate(multiplied) if kinds[j] == ours[i]]
             for multiplied, known, kinds in zip(numbers, sizes, (ours, theirs), strict=True)
@@ -438,67 +438,3 @@ def _kind(branch: Branch, kind_of: Mapping[str, str], found: Trace) -> tuple[str
     A stack, which holds entries for every block, stands in the first of them only.
     """
     return (branch.skip, *sorted({kind_of[name] for name in _inside(branch) if name not in found.stacked}))
-
-
-def _corrections(entries: Sequence[PlannedParameter], model: nn.Module) -> dict[str, tuple[float, float]]:
-    """For each parameter the factors for width and for depth that its initial value lacks, alike for a kind."""
-    parameters, bounds = dict(model.named_parameters()), default_bounds(model)
-    deepest = max((entry.depth_multiplier for entry in entries), default=1.0)
-    widest = max((entry.width.multiplier for entry in entries if entry.width is not None), default=1.0)
-    groups: dict[tuple[Any, ...], list[PlannedParameter]] = {}
-    for entry in entries:
-        if entry.initial is not None:
-            groups.setdefault((entry.kind, tuple(parameters[entry.name].shape)), []).append(entry)
-    found = {}
-    for group in groups.values():
-        pairs = [(e.initial, initial_size(parameters[e.name], bounds.get(e.name))) for e in group]
-        # What has no width itself, such as a readout's bias, may have been initialized by the width or depth of others.
-        width = group[0].width.multiplier if group[0].width is not None and group[0].width.widths else widest
-        depth = group[0].depth_multiplier if group[0].depth_multiplier != 1 else deepest
-        found.update(dict.fromkeys((e.name for e in group), correction(pairs, width, depth)))
-    return found
-
-
-def resolve(plan: Plan, model: nn.Module, *, keep: bool = False) -> Plan:
-    """The plan with the factors on the values that the model has now; unchanged where it has none.
-
-    A value is multiplied by the forward multiplier that it will contain, and by what its size lacks.
-    """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        known = [replace(e, scale=None if e.initial else e.folded * e.present) for e in plan.entries]
-        return replace(plan, entries=tuple(known))
-    originals = [entry for entry in plan.entries if copied(entry.name, plan.copies) is None]
-    corrections = _corrections(originals, model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    entries, kept = [], []
-    for entry in plan.entries:
-        original = copied(entry.name, plan.copies)
-        width, depth = corrections.get(original or entry.name, (1.0, 1.0))
-        if original is None and entry.name not in trained:
-            width = depth = 1.0
-        rows = 1.0 if entry.width is None else entry.width.unnormalised_factor
-        if original is None and entry.name not in trained:
-            rows = 1.0
-        if keep and abs(width * depth - 1) > NOTABLE:
-            kept.append(f"{entry.name} ({1 / (width * depth):.3g} times its size)")
-        elif keep and abs(rows - 1) > NOTABLE:
-            kept.append(f"{entry.name} (its rows that no norm follows {1 / rows:.3g} times their size)")
-        factor = 1.0 if keep else width * depth
-        multiplier = entry.folded * entry.present  # the rest of what is folded, the value contains already
-        scale = multiplier * factor
-        reason = [] if factor == 1 else [f"{factor:.4g} takes its size to that of the base"]
-        if factor != 1 and width != 1:
-            reason[-1] += f" at width_mult {entry.width.multiplier:g}" if entry.width else ""
-        if multiplier != 1:
-            reason.append(f"{multiplier:.4g} is a forward multiplier")
-        scale = 1.0 if abs(scale - 1) < 1e-9 else scale
-        rows = 1.0 if keep else rows
-        entries.append(replace(entry, scale=scale, scale_reason=", ".join(reason), rows_scale=rows))
-    if kept:
-        warnings.warn(
-            f"initialization='keep' leaves {len(kept)} parameters at sizes that the rule does not give, beside the "
-            f"base: {', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}",
-            UserWarning,
-            stacklevel=4,
-        )
-    return replace(plan, entries=tuple(entries))
